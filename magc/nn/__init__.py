@@ -1,0 +1,10 @@
+"""Stateful layers that follow the contract ``y, new_state = layer(x, state)``, with standard state-dict
+names.
+"""
+
+from magc.nn.block import Mamba2Block
+from magc.nn.config import Mamba2Config
+from magc.nn.lm import Mamba2LM
+from magc.nn.mamba2 import Mamba2, Mamba2State
+
+__all__ = ["Mamba2", "Mamba2Block", "Mamba2Config", "Mamba2LM", "Mamba2State"]

@@ -1,0 +1,1 @@
+"""RMSNorm, gated RMSNorm and residual add + RMSNorm."""

@@ -1,0 +1,402 @@
+"""`GridCheckpoint`: a stack of recurrent layers that trains in bounded memory, and its functional form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from magc.engine import Observer, Request
+from magc.errors import InputError, PlanError, StateError
+from magc.function import apply_grid
+from magc.plan import Plan, PlanOrRule
+from magc.schedule import Schedule
+from magc.source import SegmentSource
+from magc.stack import Stack, StackMemory, build_stack
+from magc.tree import Flat, PyTree, describe, flatten, is_differentiable
+from magc.units import parse_bytes
+
+Layer = Callable[..., Any]
+"""``y, new_state = layer(x, state, **side)``."""
+
+
+class GridCheckpoint(nn.Module):
+    """Layers run one after another over a sequence cut into segments; gradients are those of the whole sequence.
+
+    Same numbers as ``for layer in layers: x, s = layer(x, s)`` over the same segments, in a fraction of the memory: only
+    what crosses cell borders is kept, everything else is recomputed in the backward (Lee et al. 2024, arXiv 2411.19460,
+    section 3.2).
+
+    Args:
+        layers: modules with ``y, new_state = layer(x, state, **side)``; see `magc.stateless` for those without state.
+        plan: what to keep and what to recompute: a `Plan`, or a rule ``(n_layers, seq_len) -> Plan``. None lets the
+            planner decide from ``budget``, once per input shape.
+        budget: device memory that one forward and backward may take beyond what is allocated when it starts (parameters,
+            optimizer state and inputs are there already; checkpoints, activations, gradients and the output come on
+            top), in bytes or e.g. ``"24GiB"``. Needed when ``plan`` is None.
+        host_budget: host memory for offloaded checkpoints; None offloads nothing to the host.
+        disk_dir: a folder for checkpoints on disk; None lets the planner use no disk, and plans that do, the system's
+            temporary folder.
+        seq_dim: the sequence axis of inputs, outputs and side inputs.
+        accumulate: dtype in which parameter gradients are summed over cells.
+        check_finite: refuse inputs with NaN or infinity before work starts; costs a pass over them and, on a GPU, a
+            wait.
+
+    Raises:
+        PlanError: neither plan nor budget given, or both.
+        LayerContractError: a layer is not a module.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        plan: PlanOrRule | None = None,
+        *,
+        budget: int | str | None = None,
+        host_budget: int | str | None = None,
+        disk_dir: str | None = None,
+        seq_dim: int = 1,
+        accumulate: torch.dtype = torch.float32,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__()
+        if (plan is None) == (budget is None):
+            raise PlanError(
+                f"GridCheckpoint(plan={plan!r}, budget={budget!r}): give either a plan, or a budget such as "
+                f"budget='24GiB' from which one is made"
+            )
+        self.layers = layers if isinstance(layers, nn.ModuleList) else nn.ModuleList(layers)
+        self.plan = plan
+        self.budget = None if budget is None else parse_bytes(budget)
+        self.host_budget = None if host_budget is None else parse_bytes(host_budget)
+        self.disk_dir = disk_dir
+        self.seq_dim = seq_dim
+        self.accumulate = accumulate
+        self.check_finite = check_finite
+        self._memories: dict[tuple[bool, ...], StackMemory] = {}
+        self._plans: dict[object, Plan] = {}
+
+    def forward(self, x: PyTree, state: Sequence[PyTree] | None = None, **side: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """Run the layers over a sequence; under ``torch.no_grad`` nothing is kept (prefill, streaming).
+
+        Args:
+            x: a tensor, or a pytree of tensors, with the sequence axis ``seq_dim``.
+            state: one state per layer as returned by an earlier call, None for the start of a sequence.
+            side: per-token inputs of every layer (``seq_idx``, masks), cut into segments with x; no gradients flow to them.
+
+        Returns:
+            The output, like the last layer's over the whole sequence, and a tuple of final states, one per layer. Both
+            carry gradients.
+
+        Raises:
+            InputError, StateError: shapes, lengths, devices or values that cannot work; raised before work starts.
+            LayerContractError: a layer breaks the contract.
+        """
+        result = self._run(x, state, side)
+        return result[0].tree(), tuple(final.tree() for final in result[1])
+
+    def loss(
+        self,
+        inputs: PyTree,
+        targets: PyTree,
+        *,
+        head: Layer,
+        stem: Layer | None = None,
+        state: Sequence[PyTree] | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        **side: PyTree,
+    ) -> Tensor:
+        """Stem, layers and head over the grid: neither embeddings nor logits of the whole sequence ever exist.
+
+        Args:
+            inputs: what the stem turns into x (token ids), or x itself without a stem; may stay on the host. A
+                `magc.Segmented` object is asked for one segment at a time.
+            targets: the head's targets, a pytree with the sequence axis, or a `magc.Segmented` object.
+            head: ``head(y, targets) -> (summed loss as a 0-dim tensor, count)`` of a segment. A module, so that its
+                parameters get gradients.
+            stem: ``stem(inputs) -> x`` of a segment; treats every token on its own.
+            state: one initial state per layer, None for the start of a sequence.
+            reduction: divide the summed loss by the summed count, or not.
+            side: as in `forward`.
+
+        Returns:
+            A 0-dim tensor in at least fp32.
+
+        Raises:
+            InputError: also when all counts are zero or lengths differ.
+        """
+        loss, _ = self.loss_and_state(inputs, targets, head=head, stem=stem, state=state, reduction=reduction, **side)
+        return loss
+
+    def loss_and_state(
+        self,
+        inputs: PyTree,
+        targets: PyTree,
+        *,
+        head: Layer,
+        stem: Layer | None = None,
+        state: Sequence[PyTree] | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        **side: PyTree,
+    ) -> tuple[Tensor, tuple[PyTree, ...]]:
+        """`loss`, and the final states to go on from."""
+        if reduction not in ("mean", "sum"):
+            raise InputError(f"reduction={reduction!r}: give 'mean' or 'sum'")
+        y, states = self._run(inputs, state, side, targets=targets, stem=stem, head=head)
+        total, count = y.tensors
+        return total / count if reduction == "mean" else total, tuple(final.tree() for final in states)
+
+    def plan_for(self, x: PyTree, **side: PyTree) -> Plan:
+        """The plan that `forward` uses for such an input; measures and plans if it is the first of its shape."""
+        return self._plan_of(self._request(x, None, side))
+
+    # ------------------------------------------------------------------ one call
+    def _run(
+        self,
+        x: PyTree,
+        state: Sequence[PyTree] | None,
+        side: Mapping[str, PyTree],
+        *,
+        targets: PyTree = None,
+        stem: Layer | None = None,
+        head: Layer | None = None,
+    ) -> tuple[Flat, tuple[Flat, ...]]:
+        request = self._request(x, state, side, targets=targets, stem=stem, head=head)
+        result = apply_grid(request, make_schedule(request, self._plan_of(request)))
+        return result.y, result.states
+
+    def _request(
+        self,
+        x: PyTree,
+        state: Sequence[PyTree] | None,
+        side: Mapping[str, PyTree],
+        *,
+        targets: PyTree = None,
+        stem: Layer | None = None,
+        head: Layer | None = None,
+    ) -> Request:
+        stack = build_stack(list(self.layers), stem=stem, head=head, seq_dim=self.seq_dim)
+        memory = self._memories.setdefault(stack.modes(), stack.memory)
+        stack = build_stack(list(self.layers), stem=stem, head=head, seq_dim=self.seq_dim, memory=memory)
+        return make_request(
+            stack,
+            x,
+            state,
+            side,
+            targets=targets,
+            accumulate=self.accumulate,
+            disk_dir=self.disk_dir,
+            check_finite=self.check_finite,
+        )
+
+    def _plan_of(self, request: Request) -> Plan:
+        """The given plan, or the planner's: measured once per input shape, parameter set and mode."""
+        if self.plan is not None:
+            return self.plan if isinstance(self.plan, Plan) else self.plan(len(self.layers), request.inputs.length)
+        from magc.planner import plan_request
+
+        key = _shape_key(request)
+        if key not in self._plans:
+            assert self.budget is not None
+            self._plans[key] = plan_request(
+                request, budget=self.budget, host_budget=self.host_budget, use_disk=self.disk_dir is not None
+            )
+        return self._plans[key]
+
+    def extra_repr(self) -> str:
+        """The plan or the budget."""
+        return f"plan={self.plan}" if self.plan is not None else f"budget={self.budget}"
+
+
+def grid_checkpoint(
+    layers: Sequence[Layer],
+    x: PyTree,
+    state: Sequence[PyTree] | None = None,
+    *,
+    plan: PlanOrRule,
+    seq_dim: int = 1,
+    accumulate: torch.dtype = torch.float32,
+    disk_dir: str | None = None,
+    observer: Observer | None = None,
+    **side: PyTree,
+) -> tuple[PyTree, tuple[PyTree, ...]]:
+    """The functional form of `GridCheckpoint`, for one call.
+
+    Args:
+        layers: callables with ``y, new_state = layer(x, state, **side)``. Those with parameters must be modules.
+        x: as in `GridCheckpoint.forward`.
+        state: as in `GridCheckpoint.forward`.
+        plan: a `Plan` or a rule ``(n_layers, seq_len) -> Plan``.
+        seq_dim: the sequence axis.
+        accumulate: dtype in which parameter gradients are summed over cells.
+        disk_dir: a folder for checkpoints on disk.
+        observer: called with each action after it was carried out.
+        side: per-token inputs of every layer.
+
+    Returns:
+        The output and a tuple of final states.
+
+    Raises:
+        InputError, StateError, LayerContractError, PlanError: as `GridCheckpoint.forward`.
+    """
+    stack = build_stack(layers, seq_dim=seq_dim)
+    request = make_request(stack, x, state, side, accumulate=accumulate, disk_dir=disk_dir, observer=observer)
+    chosen = plan if isinstance(plan, Plan) else plan(len(stack.layers), request.inputs.length)
+    result = apply_grid(request, make_schedule(request, chosen))
+    return result.y.tree(), tuple(final.tree() for final in result.states)
+
+
+def make_request(
+    stack: Stack,
+    x: PyTree,
+    state: Sequence[PyTree] | None,
+    side: Mapping[str, PyTree],
+    *,
+    targets: PyTree = None,
+    accumulate: torch.dtype = torch.float32,
+    disk_dir: str | None = None,
+    check_finite: bool = False,
+    observer: Observer | None = None,
+) -> Request:
+    """Check a call's inputs and put it together.
+
+    Raises:
+        InputError: lengths, devices or values that cannot work.
+        StateError: not one state per layer, or on another device.
+    """
+    if (stack.head is None) != (targets is None):
+        raise InputError("a head and targets go together: give both, or neither")
+    device = _device_of(stack, x)
+    # Inputs of a stem or beside a head may stay on the host; x itself is an activation and must be where it is used.
+    moves = device if stack.stem is not None else None
+    inputs = SegmentSource("inputs" if stack.stem is not None else "x", x, stack.seq_dim, moves)
+    sides = {name: SegmentSource(name, value, stack.seq_dim, device) for name, value in side.items()}
+    wanted = None if targets is None else SegmentSource("targets", targets, stack.seq_dim, device)
+    for other in (*sides.values(), *(() if wanted is None else (wanted,))):
+        if other.length != inputs.length:
+            raise InputError(
+                f"{other.what} has {other.length} tokens along axis {stack.seq_dim} but {inputs.what} has "
+                f"{inputs.length}; they are cut into the same segments, so give one entry per token"
+            )
+        if any(leaf.requires_grad for leaf in other.flat.tensors):
+            raise InputError(
+                f"{other.what} requires a gradient, but none flows to side inputs and targets; pass it as part of x, or "
+                f"detach() it"
+            )
+    if moves is None:
+        for path, leaf in zip(inputs.flat.paths(), inputs.flat.leaves, strict=True):
+            if leaf is not None and leaf.device != device:
+                raise InputError(
+                    f"x{path} is {describe(leaf)} but the layers are on {device}; move one to the other, or give "
+                    f"what makes x to `loss` with a stem, whose inputs are moved segment by segment"
+                )
+    states = _check_states(stack, state, device)
+    if check_finite:
+        _refuse_nonfinite(inputs, states)
+    grad = torch.is_grad_enabled()
+    needs_x = tuple(grad and leaf is not None and leaf.requires_grad and is_differentiable(leaf) for leaf in inputs.flat.leaves)
+    needs_states = tuple(
+        () if flat is None else tuple(grad and leaf is not None and leaf.requires_grad for leaf in flat.leaves)
+        for flat in states
+    )
+
+    return Request(
+        stack, inputs, sides, wanted, states, needs_x, needs_states, device, accumulate, disk_dir, observer
+    )
+
+
+def make_schedule(request: Request, plan: Plan) -> Schedule:
+    """The schedule of a plan for a request; without grad mode, or with nothing that needs a gradient, forward only.
+
+    Raises:
+        PlanError: the plan's sizes do not fit the stack or the sequence.
+    """
+    grid = plan.grid(len(request.stack.layers), request.inputs.length)
+    lowest = grid.groups
+    if torch.is_grad_enabled():
+        lowest = _lowest_group(request.stack, list(grid.layers.all_bounds()), request.needs_x, request.needs_states)
+    return Schedule(plan, grid, lowest)
+
+
+def _lowest_group(
+    stack: Stack,
+    bounds: Sequence[tuple[int, int]],
+    needs_x: Sequence[bool],
+    needs_states: Sequence[Sequence[bool]],
+) -> int:
+    """The lowest group that has a parameter, an initial state or an input that needs a gradient."""
+    if any(needs_x):
+        return 0
+    for group, (start, stop) in enumerate(bounds):
+        trains = any(stage.slots for stage in stack.group(start, stop))
+        if trains or any(any(needs) for needs in needs_states[start:stop]):
+            return group
+    return len(bounds)
+
+
+def _device_of(stack: Stack, x: PyTree) -> torch.device:
+    for stage in stack.stages:
+        for module in stage.modules:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    return tensor.device
+    for leaf in (leaf for leaf in torch.utils._pytree.tree_leaves(x) if isinstance(leaf, Tensor)):
+        return leaf.device
+    return torch.device("cpu")
+
+
+def _check_states(stack: Stack, state: Sequence[PyTree] | None, device: torch.device) -> tuple[Flat | None, ...]:
+    if state is None:
+        return (None,) * len(stack.layers)
+    if not isinstance(state, Sequence) or len(state) != len(stack.layers):
+        got = f"{len(state)} states" if isinstance(state, Sequence) else f"a {type(state).__name__}"
+        raise StateError(
+            f"the initial state is {got}, but there are {len(stack.layers)} layers; pass a sequence with one state per "
+            f"layer as an earlier call returned it, or None for the start of a sequence"
+        )
+    flats: list[Flat | None] = []
+    for stage, value in zip(stack.layers, state, strict=True):
+        flat = None if value is None else flatten(f"the initial state of {stage.name}", value)
+        for path, leaf in zip(flat.paths(), flat.leaves, strict=True) if flat is not None else ():
+            if leaf is not None and leaf.device != device:
+                raise StateError(
+                    f"the initial state{path} of {stage.name} is {describe(leaf)} but the layers are on {device}; "
+                    f"move it with .to({str(device)!r})"
+                )
+        flats.append(flat)
+    return tuple(flats)
+
+
+def _refuse_nonfinite(inputs: SegmentSource, states: Sequence[Flat | None]) -> None:
+    named = [(inputs.what, inputs.flat)]
+    named += [(f"the initial state of layer {index}", flat) for index, flat in enumerate(states) if flat is not None]
+    for what, flat in named:
+        for path, leaf in zip(flat.paths(), flat.leaves, strict=True):
+            if leaf is None or not is_differentiable(leaf):
+                continue
+            finite = torch.isfinite(leaf)
+            if not bool(finite.all()):
+                where = tuple(int(i) for i in (~finite).nonzero()[0])
+                raise InputError(
+                    f"{what}{path} holds {float(leaf[where])} at {where} ({int((~finite).sum())} values of {leaf.numel()} "
+                    f"are not finite); clean the data before training on it"
+                )
+
+
+def _shape_key(request: Request) -> object:
+    def shape(source: SegmentSource) -> object:
+        return tuple(None if leaf is None else (leaf.shape, leaf.dtype, leaf.requires_grad) for leaf in source.flat.leaves)
+
+    return (
+        request.inputs.length,
+        shape(request.inputs),
+        tuple((name, shape(source)) for name, source in request.side.items()),
+        tuple(id(stage.call) for stage in request.stack.stages),
+        tuple((param.shape, param.dtype) for param in request.stack.params),
+        tuple(state is None for state in request.states),
+        request.stack.modes(),
+        tuple(torch.is_autocast_enabled(kind) for kind in {request.device.type, "cpu"} - {"meta"}),
+        request.device,
+    )

@@ -1,0 +1,273 @@
+"""The eager cell runner: runs a cell's stages one after another, anywhere torch runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from magc.contract import call_layer
+from magc.errors import InputError, LayerContractError
+from magc.stack import Stack, Stage, StageKind, swapped
+from magc.tree import Flat, PyTree, describe, flatten, is_differentiable, version
+
+
+@dataclass(frozen=True, slots=True)
+class CellInputs:
+    """What a cell runs on.
+
+    Attributes:
+        x: its border, or the stack's input for the first group.
+        states: the state of each of its layers, None at the start of the sequence.
+        side: per-token side inputs of the segment.
+        targets: the head's targets of the segment; None where the cell has no head or its loss is not wanted.
+    """
+
+    x: Flat
+    states: tuple[Flat | None, ...]
+    side: Mapping[str, PyTree]
+    targets: PyTree = None
+
+
+@dataclass(frozen=True, slots=True)
+class CellOutputs:
+    """What a cell makes: the next border (or the summed loss and count, under a head) and its layers' new states."""
+
+    y: Flat
+    states: tuple[Flat, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CellNeeds:
+    """Which inputs of a cell need gradients, leaf by leaf."""
+
+    x: tuple[bool, ...]
+    states: tuple[tuple[bool, ...], ...]
+
+
+@dataclass(slots=True)
+class Tape:
+    """A recorded cell: its graph from leaves to outputs."""
+
+    x: tuple[Tensor | None, ...]
+    states: tuple[tuple[Tensor | None, ...], ...]
+    outputs: CellOutputs
+
+
+@dataclass(frozen=True, slots=True)
+class CellGrads:
+    """Gradients of a cell's border and of each of its states; None where there is none."""
+
+    x: tuple[Tensor | None, ...]
+    states: tuple[tuple[Tensor | None, ...], ...]
+
+
+class EagerRunner:
+    """Runs, records and back-propagates cells with torch's autograd."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+
+    # ------------------------------------------------------------------ forward
+    def run(self, first: int, stages: Sequence[Stage], inputs: CellInputs, *, loss: bool = True) -> CellOutputs:
+        """Run without recording.
+
+        Args:
+            first: index of the cell's first layer, by which the stack remembers what it learns about the group.
+            stages: the cell's stages.
+            inputs: what it runs on; never written into.
+            loss: whether to run the head, where the cell has one; without it ``y`` is the head's input.
+        """
+        if not loss:
+            stages = [stage for stage in stages if stage.kind is not StageKind.HEAD]
+        with torch.no_grad():
+            return self._call(first, stages, inputs)
+
+    def record(
+        self,
+        first: int,
+        stages: Sequence[Stage],
+        inputs: CellInputs,
+        needs: CellNeeds,
+        proxies: Sequence[nn.Parameter],
+    ) -> Tape:
+        """Run and keep the graph.
+
+        Args:
+            first: index of the cell's first layer.
+            stages: the cell's stages.
+            inputs: what it runs on; never written into.
+            needs: which of them need gradients.
+            proxies: leaves standing for the stack's parameters.
+
+        Raises:
+            LayerContractError: the graph reaches a tensor that needs a gradient but belongs neither to the cell's
+                inputs nor to its registered parameters.
+        """
+        x = _leaves(inputs.x.leaves, needs.x)
+        states = tuple(
+            () if state is None else _leaves(state.leaves, need)
+            for state, need in zip(inputs.states, needs.states, strict=True)
+        )
+        leaves = CellInputs(
+            inputs.x.with_leaves(x),
+            tuple(None if old is None else old.with_leaves(new) for old, new in zip(inputs.states, states, strict=True)),
+            inputs.side,
+            inputs.targets,
+        )
+        with torch.enable_grad(), swapped(stages, proxies):
+            outputs = self._call(first, stages, leaves)
+        key = (first, len(stages))
+        if key not in self._stack.memory.verified:
+            _refuse_unknown_leaves(stages, outputs, [*x, *(leaf for state in states for leaf in state), *proxies])
+            self._stack.memory.verified.add(key)
+        return Tape(x, states, outputs)
+
+    # ------------------------------------------------------------------ backward
+    def backward(
+        self, tape: Tape, grad_y: Sequence[Tensor | None], grad_states: Sequence[Sequence[Tensor | None]]
+    ) -> CellGrads:
+        """Back-propagate a recorded cell; parameter gradients go to the proxies' accumulator. Uses the tape up."""
+        outputs = [*tape.outputs.y.leaves, *(leaf for state in tape.outputs.states for leaf in state.leaves)]
+        grads = [*grad_y, *(grad for state in grad_states for grad in state)]
+        roots = [
+            (output, grad)
+            for output, grad in zip(outputs, grads, strict=True)
+            if output is not None and output.requires_grad and grad is not None
+        ]
+        tape.outputs = CellOutputs(tape.outputs.y.with_leaves([None] * len(tape.outputs.y.leaves)), ())
+        del outputs, grads
+        if roots:
+            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
+        return CellGrads(
+            tuple(_take_grad(leaf) for leaf in tape.x),
+            tuple(tuple(_take_grad(leaf) for leaf in state) for state in tape.states),
+        )
+
+    # ------------------------------------------------------------------ the stages
+    def _call(self, first: int, stages: Sequence[Stage], inputs: CellInputs) -> CellOutputs:
+        writes_input = self._stack.memory.writes_input.get(first)
+        x_flat = inputs.x
+        if writes_input is not False:
+            # Until the group is known to leave its input alone it works on a copy: the input is a checkpoint, or the
+            # caller's own tensor.
+            x_flat = x_flat.map(Tensor.clone)
+        versions = [None if leaf is None else version(leaf) for leaf in x_flat.leaves]
+        outputs = self._call_stages(stages, inputs, x_flat.tree())
+        wrote = any(
+            leaf is not None and before != version(leaf) for leaf, before in zip(x_flat.leaves, versions, strict=True)
+        )
+        if writes_input is None:
+            self._stack.memory.writes_input[first] = wrote
+        elif wrote and not writes_input:
+            raise LayerContractError(
+                f"{stages[0].name} wrote into its input although it did not when it was first run, so a checkpoint may "
+                f"be damaged. Write into a copy (x.clone()) or use the out-of-place form of the operation"
+            )
+        return outputs
+
+    def _call_stages(self, stages: Sequence[Stage], inputs: CellInputs, x: PyTree) -> CellOutputs:
+        new_states: list[Flat] = []
+        states = iter(inputs.states)
+        for stage in stages:
+            watched = [] if stage.name in self._stack.memory.keeps_buffers else _buffer_versions(stage)
+            with _noting(stage):
+                if stage.kind is StageKind.STEM:
+                    x = stage.call(x)
+                elif stage.kind is StageKind.HEAD:
+                    x = _call_head(stage, x, inputs.targets)
+                else:
+                    x, new_state = call_layer(
+                        stage.name, stage.call, x, next(states), inputs.side, stateless_layer=stage.stateless
+                    )
+                    new_states.append(new_state)
+            _refuse_written_buffers(stage, watched)
+            self._stack.memory.keeps_buffers.add(stage.name)
+        return CellOutputs(flatten("the output of the layers", x), tuple(new_states))
+
+
+@contextmanager
+def _noting(stage: Stage) -> Iterator[None]:
+    """Add to an exception which stage raised it."""
+    try:
+        yield
+    except LayerContractError:
+        raise
+    except Exception as error:
+        error.add_note(f"raised while magc ran {stage.name}")
+        raise
+
+
+def _call_head(stage: Stage, y: PyTree, targets: PyTree) -> tuple[Tensor, Tensor | None]:
+    result = stage.call(y, targets)
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor) or result[0].dim() != 0:
+        got = describe(result) if isinstance(result, Tensor) else repr(type(result).__name__)
+        raise InputError(
+            f"{stage.name} returned {got}, but a head returns (summed loss of the segment as a 0-dim tensor, count)"
+        )
+    loss, count = result
+    if not isinstance(count, Tensor):
+        count = torch.tensor(float(count), device=loss.device)
+    return loss, count.detach()
+
+
+def _leaves(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(
+        None if tensor is None else tensor.detach().requires_grad_(need)
+        for tensor, need in zip(tensors, needs, strict=True)
+    )
+
+
+def _take_grad(leaf: Tensor | None) -> Tensor | None:
+    if leaf is None or not leaf.requires_grad:
+        return None
+    grad, leaf.grad = leaf.grad, None
+    return grad
+
+
+def _buffer_versions(stage: Stage) -> list[tuple[nn.Module, str, Tensor, int]]:
+    return [
+        (module, name, buffer, version(buffer))
+        for module in stage.modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def _refuse_written_buffers(stage: Stage, before: list[tuple[nn.Module, str, Tensor, int]]) -> None:
+    for module, name, buffer, old in before:
+        if module._buffers.get(name) is not buffer or version(buffer) != old:
+            raise LayerContractError(
+                f"{stage.name} changed its buffer {name!r} ({type(module).__name__}) while it ran. A recompute would "
+                f"change it once more: carry it in the layer's state, or switch its update off (e.g. .eval())"
+            )
+
+
+def _refuse_unknown_leaves(stages: Sequence[Stage], outputs: CellOutputs, known: Sequence[Tensor | None]) -> None:
+    """Walk the recorded graph to its leaves: a gradient that flows elsewhere would be added in place, cell by cell."""
+    known_ids = {id(leaf) for leaf in known if leaf is not None}
+    tensors = [leaf for flat in (outputs.y, *outputs.states) for leaf in flat.tensors]
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and id(leaf) not in known_ids:
+            names = stages[0].name if len(stages) == 1 else f"{stages[0].name} to {stages[-1].name}"
+            raise LayerContractError(
+                f"{names}: the graph reaches a tensor ({describe(leaf)}) that needs a gradient but is neither an input, "
+                f"a state, nor a registered parameter of these modules. Register it as an nn.Parameter of the layer "
+                f"(pass the module itself, not a lambda around it), or pass it in as part of x or of the state"
+            )
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+
+
+def differentiable_mask(flat: Flat) -> tuple[bool, ...]:
+    """For each leaf, whether a gradient of it makes sense."""
+    return tuple(is_differentiable(leaf) for leaf in flat.leaves)

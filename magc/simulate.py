@@ -1,0 +1,329 @@
+"""Carry out a schedule on paper: bytes held after and during every action, and seconds, without running anything.
+
+The ledger follows the executor's bookkeeping object by object (a border or state that a store and a recorded cell hold
+at once counts once), so the simulated peak is the executed one up to what the cost model does not know.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from magc.cost import CellCost, CostModel
+from magc.errors import PlanError
+from magc.schedule import Action, Backward, Drop, Forget, Kind, Load, Record, Run, Save, Schedule
+from magc.tiers import Tier
+
+
+class Term(enum.StrEnum):
+    """What bytes are for."""
+
+    BORDERS = "borders"
+    STATES = "states"
+    ACTIVATIONS = "activations of recorded cells"
+    WORKING = "working memory of the running cell"
+    GRADIENTS = "gradients of borders and states"
+    PARAMETERS = "gradients of parameters"
+    OUTPUT = "output, final states and input gradient"
+
+
+Breakdown = dict[Term, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One action on the timeline: device bytes after it and at most during it."""
+
+    action: Action
+    live_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What a schedule costs.
+
+    Attributes:
+        peak_bytes: most device bytes at a time, beyond those before the call.
+        forward_peak_bytes: the same within the forward.
+        breakdown: the terms at the peak; they sum to ``peak_bytes``.
+        host_bytes, disk_bytes: most bytes on the other tiers.
+        runs, records, backwards: how many cells were run, recorded, back-propagated.
+        seconds: time of all actions.
+        timeline: every action, when it was asked for.
+    """
+
+    peak_bytes: int
+    forward_peak_bytes: int
+    breakdown: Breakdown
+    host_bytes: int
+    disk_bytes: int
+    runs: int
+    records: int
+    backwards: int
+    seconds: float
+    timeline: tuple[Step, ...] = ()
+
+    @property
+    def recomputed(self) -> int:
+        """Cells run or recorded beyond the first time."""
+        return self.runs + self.records - self.backwards
+
+    @property
+    def forwards_per_cell(self) -> float:
+        """How many times a back-propagated cell was run or recorded, on average; 1 is no recompute."""
+        return (self.runs + self.records) / self.backwards if self.backwards else 1.0
+
+
+def simulate(schedule: Schedule, costs: CostModel, *, timeline: bool = False) -> Simulation:
+    """Carry out the forward and the backward of a schedule on paper.
+
+    Args:
+        schedule: the schedule.
+        costs: of its stack.
+        timeline: keep every step; a long sequence has very many.
+
+    Raises:
+        PlanError: the schedule is for another number of layers, or an action uses what is not there.
+    """
+    ledger = Ledger(schedule, costs, timeline=timeline)
+    ledger.run(schedule.forward())
+    forward_peak = ledger.peak
+    ledger.begin_backward()
+    ledger.run(schedule.backward())
+    return ledger.result(forward_peak)
+
+
+class Ledger:
+    """Bytes and seconds of the actions so far."""
+
+    def __init__(self, schedule: Schedule, costs: CostModel, *, timeline: bool = False) -> None:
+        if schedule.grid.layers.length != costs.n_layers:
+            raise PlanError(
+                f"the schedule is for {schedule.grid.layers.length} layers, the cost model for {costs.n_layers}"
+            )
+        self._schedule, self._costs = schedule, costs
+        grid = schedule.grid
+        self._groups, self._segments = grid.groups, grid.segments
+        self._cells = {
+            tokens: [costs.cell(start, stop, tokens) for start, stop in grid.layers.all_bounds()]
+            for tokens in {stop - start for start, stop in grid.tokens.all_bounds()}
+        }
+        self._single = grid.segments == 1
+        self._terms = [0] * len(Term)
+        self._held: dict[tuple[Kind, int, int], int] = {}
+        self._live: set[tuple[Kind, int, int]] = set()
+        self._stored: dict[tuple[Kind, int, int], Tier] = {}
+        self._touched: set[int] = set()
+        self._first_pass = True
+        self._output_made = self._input_grad_made = False
+        self._steps: list[Step] | None = [] if timeline else None
+        self._other = dict.fromkeys(Tier, 0)
+        self._other_peak = dict.fromkeys(Tier, 0)
+        self.counts: Counter[type[Action]] = Counter()
+        self.live = self.peak = 0
+        self.seconds = 0.0
+        self.breakdown = list(self._terms)
+
+    # ------------------------------------------------------------------ bytes
+    def _add(self, term: int, nbytes: int) -> None:
+        self._terms[term] += nbytes
+        self.live += nbytes
+        if self.live > self.peak:
+            self.peak = self.live
+            self.breakdown = list(self._terms)
+
+    def _work(self, nbytes: int) -> int:
+        """Note a passing peak; returns its height."""
+        height = self.live + nbytes
+        if height > self.peak:
+            self.peak = height
+            self.breakdown = list(self._terms)
+            self.breakdown[_WORKING] += nbytes
+        return height
+
+    def _hold(self, key: tuple[Kind, int, int], nbytes: int) -> None:
+        held = self._held.get(key, 0)
+        self._held[key] = held + 1
+        if not held:
+            self._add(_BORDERS if key[0] is Kind.BORDER else _STATES, nbytes)
+
+    def _release(self, key: tuple[Kind, int, int], nbytes: int) -> None:
+        held = self._held[key] - 1
+        if held:
+            self._held[key] = held
+        else:
+            del self._held[key]
+            self._add(_BORDERS if key[0] is Kind.BORDER else _STATES, -nbytes)
+
+    def _cell(self, group: int, segment: int) -> CellCost:
+        return self._cells[self._schedule.grid.tokens.part_length(segment)][group]
+
+    def _bytes(self, key: tuple[Kind, int, int]) -> int:
+        kind, group, segment = key
+        cell = self._cell(group, min(segment, self._segments - 1))
+        return cell.input_bytes if kind is Kind.BORDER else cell.state_bytes
+
+    def _tier(self, tier: Tier) -> Tier:
+        return Tier.DEVICE if tier is Tier.HOST and self._costs.host_is_device else tier
+
+    # ------------------------------------------------------------------ actions
+    def run(self, actions: Iterable[Action]) -> None:
+        """Carry out actions in order."""
+        for action in actions:
+            height = self._do(action)
+            self.counts[type(action)] += 1
+            if self._steps is not None:
+                self._steps.append(Step(action, self.live, max(height, self.live)))
+
+    def begin_backward(self) -> None:
+        """The forward has returned."""
+        self._first_pass = False
+
+    def _do(self, action: Action) -> int:
+        match action:
+            case Run(group, segment):
+                return self._run(group, segment)
+            case Record(group, segment):
+                return self._record(group, segment)
+            case Backward(group, segment):
+                return self._backward(group, segment)
+            case Save(kind, group, segment, tier):
+                self._save((kind, group, segment), self._tier(tier))
+            case Load(kind, group, segment):
+                self._load((kind, group, segment))
+            case Drop(kind, group, segment):
+                self._drop((kind, group, segment))
+            case Forget(kind, group, segment):
+                key = (kind, group, segment)
+                if key in self._live:
+                    self._live.discard(key)
+                    self._release(key, self._bytes(key))
+        return self.live
+
+    def _save(self, key: tuple[Kind, int, int], tier: Tier) -> None:
+        if key not in self._live or key in self._stored:
+            raise PlanError(f"schedule error: cannot save {key}, which is not live or is stored already")
+        self._stored[key] = tier
+        nbytes = self._bytes(key)
+        if tier is Tier.DEVICE:
+            self._hold(key, nbytes)
+        else:
+            self._other[tier] += nbytes
+            self._other_peak[tier] = max(self._other_peak[tier], self._other[tier])
+            self._copy(tier, nbytes)
+
+    def _load(self, key: tuple[Kind, int, int]) -> None:
+        if key not in self._stored:
+            raise PlanError(f"schedule error: cannot load {key}, which is not stored")
+        nbytes = self._bytes(key)
+        if key not in self._live:
+            self._live.add(key)
+            self._hold(key, nbytes)
+        if self._stored[key] is not Tier.DEVICE:
+            self._copy(self._stored[key], nbytes)
+
+    def _drop(self, key: tuple[Kind, int, int]) -> None:
+        if key not in self._stored:
+            raise PlanError(f"schedule error: cannot drop {key}, which is not stored")
+        tier = self._stored.pop(key)
+        if tier is Tier.DEVICE:
+            self._release(key, self._bytes(key))
+        else:
+            self._other[tier] -= self._bytes(key)
+
+    def _copy(self, tier: Tier, nbytes: int) -> None:
+        bandwidths = self._costs.bandwidths
+        self.seconds += nbytes / (bandwidths.disk if tier is Tier.DISK else bandwidths.host)
+
+    def _enter(self, group: int, segment: int) -> list[tuple[Kind, int, int]]:
+        """Take the cell's live inputs; returns those that take memory. They are held until released."""
+        keys: list[tuple[Kind, int, int]] = []
+        for key in ((Kind.BORDER, group, segment), (Kind.STATE, group, segment)):
+            if key in self._live:
+                self._live.discard(key)
+                keys.append(key)
+            elif (group if key[0] is Kind.BORDER else segment) > 0:
+                raise PlanError(f"schedule error: {key} is needed but not live")
+        if group == 0:
+            key = (Kind.BORDER, 0, segment)
+            self._hold(key, self._bytes(key))
+            keys.append(key)
+        return keys
+
+    def _leave(self, keys: list[tuple[Kind, int, int]]) -> None:
+        for key in keys:
+            self._release(key, self._bytes(key))
+
+    def _produce(self, group: int, segment: int, cell: CellCost) -> None:
+        """Make the cell's outputs live."""
+        state = (Kind.STATE, group, segment + 1)
+        self._live.add(state)
+        self._hold(state, cell.state_bytes)
+        if group + 1 < self._groups:
+            border = (Kind.BORDER, group + 1, segment)
+            self._live.add(border)
+            self._hold(border, cell.output_bytes)
+        elif self._first_pass:
+            self._collect(cell)
+
+    def _collect(self, cell: CellCost) -> None:
+        """Write the last group's output into the whole one."""
+        if self._costs.head is not None or self._output_made:
+            return
+        self._output_made = True
+        if self._single:
+            self._add(_OUTPUT, cell.output_bytes)
+        else:
+            grid = self._schedule.grid
+            last = self._groups - 1
+            lengths = Counter(stop - start for start, stop in grid.tokens.all_bounds())
+            whole = sum(self._cells[tokens][last].output_bytes * count for tokens, count in lengths.items())
+            self._work(whole + cell.output_bytes)
+            self._add(_OUTPUT, whole)
+
+    def _run(self, group: int, segment: int) -> int:
+        cell = self._cell(group, segment)
+        keys = self._enter(group, segment)
+        height = self._work(cell.run_peak)
+        self.seconds += cell.run_seconds
+        self._leave(keys)
+        self._produce(group, segment, cell)
+        return height
+
+    def _record(self, group: int, segment: int) -> int:
+        cell = self._cell(group, segment)
+        self._recorded[group, segment] = self._enter(group, segment)
+        height = self._work(cell.record_peak)
+        self.seconds += cell.record_seconds
+        self._add(_ACTIVATIONS, cell.tape_bytes)
+        if self._first_pass:
+            # The outputs are the recorded graph's own tensors: counted with it until it goes.
+            state = (Kind.STATE, group, segment + 1)
+            self._live.add(state)
+            self._add(_ACTIVATIONS, -cell.state_bytes)
+            self._hold(state, cell.state_bytes)
+            self._held[state] += 1
+            outputs = [state]
+            if group + 1 < self._groups:
+                border = (Kind.BORDER, group + 1, segment)
+                self._live.add(border)
+                self._add(_ACTIVATIONS, -cell.output_bytes)
+                self._hold(border, cell.output_bytes)
+                self._held[border] += 1
+                outputs.append(border)
+            else:
+                self._collect_recorded(cell)
+            self._kept_outputs[group, segment] = outputs
+        return height
+
+    def _collect_recorded(self, cell: CellCost) -> None:
+        if self._single and self._costs.head is None:
+            # The output is the graph's own tensor; it outlives the graph.
+            self._output_made = True
+            self._add(_ACTIVATIONS, -cell.output_bytes)
+            self._add(_OUTPUT, cell.output_bytes)
+        else:
+            self._collect(cell)

@@ -1,0 +1,181 @@
+"""What a grid runs: stages in a row (an optional stem, the layers, an optional head) and their parameters."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from magc.contract import is_stateless
+from magc.errors import LayerContractError
+
+
+class StageKind(enum.StrEnum):
+    """The role of a stage."""
+
+    STEM = "stem"
+    LAYER = "layer"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSlot:
+    """One place in a module that holds a trainable parameter (a shared parameter has several)."""
+
+    module: nn.Module
+    name: str
+    index: int  # into Stack.params
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One callable of the stack.
+
+    Attributes:
+        kind: stem ``inputs -> x``, layer ``(x, state) -> (y, state)``, or head ``(y, targets) -> (summed loss, count)``.
+        name: how errors name it.
+        call: the callable.
+        slots: where its trainable parameters live.
+        stateless: a layer wrapped by `magc.stateless`.
+    """
+
+    kind: StageKind
+    name: str
+    call: Callable[..., Any]
+    slots: tuple[ParamSlot, ...]
+    stateless: bool = False
+
+    @property
+    def modules(self) -> Iterator[nn.Module]:
+        """The stage's modules, itself included."""
+        if isinstance(self.call, nn.Module):
+            yield from self.call.modules()
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The stages of a grid and the parameters that get gradients.
+
+    Attributes:
+        layers: the layer stages.
+        stem: runs before the first layer, inside the first group's cells.
+        head: runs after the last layer, inside the last group's cells.
+        params: trainable parameters of all stages, each once.
+        seq_dim: the sequence axis of every input, output and side tensor.
+        memory: what earlier calls learnt about the layers; see `StackMemory`.
+    """
+
+    layers: tuple[Stage, ...]
+    stem: Stage | None
+    head: Stage | None
+    params: tuple[nn.Parameter, ...]
+    seq_dim: int
+    memory: StackMemory
+
+    def group(self, start: int, stop: int) -> tuple[Stage, ...]:
+        """The stages of the group of layers ``start`` to ``stop``, stem and head included at the ends."""
+        stages = self.layers[start:stop]
+        if start == 0 and self.stem is not None:
+            stages = (self.stem, *stages)
+        if stop == len(self.layers) and self.head is not None:
+            stages = (*stages, self.head)
+        return stages
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages in order."""
+        return self.group(0, len(self.layers))
+
+    def modes(self) -> tuple[bool, ...]:
+        """Training mode of every module: a recompute in another mode would not be the same function."""
+        return tuple(module.training for stage in self.stages for module in stage.modules)
+
+
+@dataclass(slots=True)
+class StackMemory:
+    """What calls learn about the layers of one stack, so that checks cost something only once.
+
+    Attributes:
+        writes_input: first layer of a group -> whether it writes into its input (then it gets a copy).
+        verified: (first layer, number of stages) of groups whose recorded graph was searched for unknown parameters.
+        keeps_buffers: names of stages that were seen not to change their buffers.
+    """
+
+    writes_input: dict[int, bool] = field(default_factory=dict[int, bool])
+    verified: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
+    keeps_buffers: set[str] = field(default_factory=set[str])
+
+
+def build_stack(
+    layers: Sequence[Callable[..., Any]],
+    *,
+    stem: Callable[..., Any] | None = None,
+    head: Callable[..., Any] | None = None,
+    seq_dim: int = 1,
+    memory: StackMemory | None = None,
+) -> Stack:
+    """Collect stages and their trainable parameters.
+
+    Raises:
+        LayerContractError: there is no layer, or one is not callable.
+    """
+    if not len(layers):
+        raise LayerContractError("a stack needs at least one layer, got an empty list")
+    params: dict[int, int] = {}
+    unique: list[nn.Parameter] = []
+
+    def stage(kind: StageKind, name: str, call: Callable[..., Any]) -> Stage:
+        if not callable(call):
+            raise LayerContractError(f"{name} is a {type(call).__name__}, which cannot be called; give an nn.Module")
+        slots: list[ParamSlot] = []
+        if isinstance(call, nn.Module):
+            for module in call.modules():
+                for key, param in module._parameters.items():
+                    if param is None or not param.requires_grad:
+                        continue
+                    if id(param) not in params:
+                        params[id(param)] = len(unique)
+                        unique.append(param)
+                    slots.append(ParamSlot(module, key, params[id(param)]))
+        label = f"{name} ({type(call).__name__})"
+        return Stage(kind, label, call, tuple(slots), is_stateless(call))
+
+    return Stack(
+        stem=None if stem is None else stage(StageKind.STEM, "stem", stem),
+        layers=tuple(stage(StageKind.LAYER, f"layer {index}", layer) for index, layer in enumerate(layers)),
+        head=None if head is None else stage(StageKind.HEAD, "head", head),
+        params=tuple(unique),
+        seq_dim=seq_dim,
+        memory=StackMemory() if memory is None else memory,
+    )
+
+
+@contextmanager
+def swapped(stages: Sequence[Stage], proxies: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let the stages' modules hold ``proxies`` instead of their trainable parameters for a while.
+
+    A proxy shares its parameter's memory but is a leaf of its own, so that back-propagating one cell neither touches
+    ``param.grad`` nor fires hooks that wait for the whole gradient (DDP, optimizers in backward).
+    """
+    originals: list[tuple[ParamSlot, nn.Parameter | None]] = []
+    try:
+        for stage in stages:
+            for slot in stage.slots:
+                originals.append((slot, slot.module._parameters[slot.name]))
+                _set_parameter(slot, proxies[slot.index])
+        yield
+    finally:
+        for slot, original in originals:
+            _set_parameter(slot, original)
+
+
+def _set_parameter(slot: ParamSlot, param: nn.Parameter | None) -> None:
+    slot.module._parameters[slot.name] = param
+    if isinstance(slot.module, nn.RNNBase):
+        # torch's RNNs call their kernels with a list of weights that they keep beside the registered parameters.
+        flat_weights: list[Tensor | None] = slot.module._flat_weights
+        flat_weights[slot.module._flat_weights_names.index(slot.name)] = param

@@ -1,0 +1,295 @@
+"""Checkpoint store: keeps tensors from the forward to the backward on the device, in host memory or on disk.
+
+A store belongs to one forward and backward and owns all it holds; whatever way it ends (``close``, an
+error, garbage collection, the end of the interpreter), its files are gone. Host memory for a GPU is pinned,
+which takes about 0.4 s per GiB, so it comes from a ``PinnedPool`` that can outlive the store.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Hashable, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from magc.disk import CheckpointDirectory, DiskCheckpoint
+from magc.errors import InputError, StoreError
+from magc.pinned import PIECE_BYTES, PinnedBlock, PinnedPool, indexed
+from magc.rawbytes import Layout, allocated, compact, held_bytes, is_plain, laid_out, pieces
+from magc.tiers import Tier
+
+__all__ = ["CheckpointStore", "PinnedPool"]
+
+
+class CheckpointStore:
+    """Checkpoints (lists of tensors) under keys, each on a tier. Not for use by several threads at a time.
+
+    A checkpoint is a value: what ``put`` is given must not be written to while it is held, nor what ``get``
+    returns. Gradients do not flow through the store. Bits, shape and dtype come back exactly, and strides
+    too unless the tensor has gaps or overlaps (an expanded tensor, say), which comes back contiguous from
+    the host and the disk.
+
+    ``Tier.DEVICE`` keeps references. A tensor that is a view of part of a larger storage is cloned, on any
+    tier, so that it does not keep the larger one alive.
+
+    ``Tier.HOST`` on a GPU copies to pinned memory and back on the current stream without blocking the host.
+    A ``get`` on another stream than the ``put`` waits for it on the device; tensors that ``get`` returns
+    belong to the stream it was called on. On a CPU the host *is* the device: references are kept.
+
+    ``Tier.DISK`` writes each checkpoint to a file of its own in a temporary directory, and blocks until
+    that is done.
+
+    Args:
+        device: where checkpoints come from and return to; a CPU or CUDA device.
+        disk_dir: an existing directory under which to make the temporary directory, best on a fast local
+        disk with
+            room. None means the system's (``tempfile.gettempdir()``), which may itself be memory.
+        pool: pinned memory to use and return; None means a pool of the store's own. CUDA only.
+
+    Raises:
+        InputError: the device is neither CPU nor CUDA, or the pool is for another device.
+        StoreError: ``disk_dir`` is not an existing directory; in methods: as they say, and after ``close``.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        disk_dir: str | os.PathLike[str] | None = None,
+        *,
+        pool: PinnedPool | None = None,
+    ) -> None:
+        self.device = indexed(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise InputError(f"cannot store checkpoints of device {str(device)!r}: use a CPU or CUDA device.")
+        if pool is not None and pool.device != self.device:
+            raise InputError(
+                f"got a pinned pool for {pool.device} and a store for {self.device}: use one device."
+            )
+        self._pool = pool
+        self._directory = CheckpointDirectory(disk_dir)
+        self._held: dict[Hashable, _Checkpoint] = {}
+        self._bytes = dict.fromkeys(Tier, 0)
+        self._finalizer = weakref.finalize(self, _discard_all, self._held, self._directory)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes held on the device. A tensor held in several checkpoints counts each time."""
+        return self._bytes[Tier.DEVICE]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes held in host memory, without what the pinned pool has to spare."""
+        return self._bytes[Tier.HOST]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes held on disk."""
+        return self._bytes[Tier.DISK]
+
+    def put(self, key: Hashable, tensors: Sequence[Tensor | None], tier: Tier) -> None:
+        """Hold ``tensors`` under ``key`` on ``tier``.
+
+        Raises:
+            StoreError: the key is held already; a tensor is not on the store's device, or, on the host or
+            disk, not a
+                plain strided tensor; host memory cannot be pinned; the disk is full or fails (no part of a
+                file stays).
+        """
+        self._check_open()
+        tier = Tier(tier)
+        if key in self._held:
+            raise StoreError(f"checkpoint {key!r} is held already: drop it before it is put again.")
+        for tensor in tensors:
+            if tensor is not None and tensor.device != self.device:
+                raise StoreError(
+                    f"checkpoint {key!r} has a tensor on {tensor.device}, the store is for {self.device}: "
+                    "move the tensor there, or keep it out of the checkpoint."
+                )
+        kept = [None if tensor is None else compact(tensor.detach()) for tensor in tensors]
+        checkpoint: _Checkpoint
+        if tier is Tier.DISK:
+            _require_plain(key, tier, kept)
+            checkpoint = DiskCheckpoint.write(repr(key), kept, self._directory, self._staging_pool())
+        elif tier is Tier.HOST and self.device.type == "cuda":
+            _require_plain(key, tier, kept)
+            checkpoint = _Pinned.copy(kept, self._host_pool())
+        else:
+            checkpoint = _Referenced(tier, kept)
+        self._held[key] = checkpoint
+        self._bytes[tier] += checkpoint.nbytes
+
+    def get(self, key: Hashable) -> list[Tensor | None]:
+        """The tensors under ``key``, on ``device``; the checkpoint stays.
+
+        Raises:
+            StoreError: the key is not held, or its file cannot be read back.
+        """
+        return self._find(key).load(self.device)
+
+    def pop(self, key: Hashable) -> list[Tensor | None]:
+        """``get``, then ``drop``."""
+        tensors = self.get(key)
+        self.drop(key)
+        return tensors
+
+    def drop(self, key: Hashable) -> None:
+        """Let go of the checkpoint under ``key`` and delete its file.
+
+        Raises:
+            StoreError: the key is not held.
+        """
+        checkpoint = self._find(key)
+        del self._held[key]
+        self._bytes[checkpoint.tier] -= checkpoint.nbytes
+        checkpoint.discard()
+
+    def close(self) -> None:
+        """Let go of everything, and delete the files and their directory. May be called again."""
+        self._finalizer()
+        self._bytes = dict.fromkeys(Tier, 0)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _find(self, key: Hashable) -> _Checkpoint:
+        self._check_open()
+        try:
+            return self._held[key]
+        except KeyError:
+            raise StoreError(
+                f"no checkpoint {key!r} is held (of {len(self._held)}): it was never put, or was dropped."
+            ) from None
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise StoreError("the checkpoint store is closed: make a new one for each forward and backward.")
+
+    def _host_pool(self) -> PinnedPool:
+        if self._pool is None:
+            self._pool = PinnedPool(self.device)
+        return self._pool
+
+    def _staging_pool(self) -> PinnedPool | None:
+        return self._host_pool() if self.device.type == "cuda" else None
+
+
+class _Checkpoint(Protocol):
+    """A held checkpoint."""
+
+    @property
+    def tier(self) -> Tier: ...
+    @property
+    def nbytes(self) -> int: ...
+    def load(self, device: torch.device) -> list[Tensor | None]: ...
+    def discard(self) -> None: ...
+
+
+class _Referenced:
+    """Tensors held by reference."""
+
+    def __init__(self, tier: Tier, tensors: list[Tensor | None]) -> None:
+        self.tier = tier
+        self.nbytes = sum(held_bytes(tensor) for tensor in tensors if tensor is not None)
+        self._tensors = tensors
+
+    def load(self, device: torch.device) -> list[Tensor | None]:
+        return list(self._tensors)
+
+    def discard(self) -> None:
+        self._tensors = []
+
+
+class _Pinned:
+    """Tensors copied to pinned memory."""
+
+    tier = Tier.HOST
+
+    def __init__(self, layouts: list[Layout | None], blocks: list[PinnedBlock], pool: PinnedPool) -> None:
+        self.nbytes = sum(layout.nbytes for layout in layouts if layout is not None)
+        self._layouts = layouts
+        self._blocks = blocks
+        self._pool = pool
+        self._uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+        self._mark_use()
+
+    @classmethod
+    def copy(cls, tensors: list[Tensor | None], pool: PinnedPool) -> _Pinned:
+        stream = torch.cuda.current_stream(pool.device)
+        layouts: list[Layout | None] = []
+        blocks: list[PinnedBlock] = []
+        try:
+            for tensor in tensors:
+                if tensor is None:
+                    layouts.append(None)
+                    continue
+                layout, raw = laid_out(tensor)
+                layouts.append(layout)
+                for piece in pieces(raw, PIECE_BYTES):
+                    blocks.append(pool.take(piece.nbytes))
+                    blocks[-1].memory[: piece.nbytes].copy_(piece, non_blocking=True)
+                raw.record_stream(stream)  # the caller may free the tensor while it is still being copied
+        except BaseException:
+            cls(layouts, blocks, pool).discard()
+            raise
+        return cls(layouts, blocks, pool)
+
+    def load(self, device: torch.device) -> list[Tensor | None]:
+        stream = torch.cuda.current_stream(device)
+        for used_on, event in self._uses.items():
+            if used_on != stream:
+                stream.wait_event(event)
+        tensors: list[Tensor | None] = []
+        blocks = iter(self._blocks)
+        for layout in self._layouts:
+            if layout is None:
+                tensors.append(None)
+                continue
+            tensor, raw = allocated(layout, device)
+            tensors.append(tensor)
+            for piece in pieces(raw, PIECE_BYTES):
+                piece.copy_(next(blocks).memory[: piece.nbytes], non_blocking=True)
+        self._mark_use()
+        return tensors
+
+    def discard(self) -> None:
+        for block in self._blocks:
+            block.uses = self._uses
+            self._pool.give_back(block)
+        self._blocks = []
+
+    def _mark_use(self) -> None:
+        stream = torch.cuda.current_stream(self._pool.device)
+        if stream not in self._uses:
+            self._uses[stream] = torch.cuda.Event()
+        self._uses[stream].record(stream)
+
+
+def _require_plain(key: Hashable, tier: Tier, tensors: list[Tensor | None]) -> None:
+    for tensor in tensors:
+        if tensor is not None and not is_plain(tensor):
+            raise StoreError(
+                f"checkpoint {key!r} has a {type(tensor).__name__} of layout {tensor.layout}; only "
+                f"plain strided tensors can go to the {tier} tier. Keep it on the device tier."
+            )
+
+
+def _discard_all(held: dict[Hashable, _Checkpoint], directory: CheckpointDirectory) -> None:
+    for checkpoint in held.values():
+        checkpoint.discard()
+    held.clear()
+    directory.remove()
