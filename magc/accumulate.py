@@ -8,9 +8,18 @@ its gradient is delivered as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class GradSink(Protocol):
+    """Takes a parameter's gradient as soon as a cell has made it."""
+
+    def add(self, index: int, grad: Tensor) -> None:
+        """Take a gradient of parameter ``index``."""
+        ...
 
 
 class GradAccumulator:
@@ -49,20 +58,20 @@ class GradAccumulator:
         return delivered
 
 
-def make_proxies(params: Sequence[nn.Parameter], accumulator: GradAccumulator) -> list[nn.Parameter]:
-    """Leaves that share the parameters' memory and hand each gradient to the accumulator as soon as it is complete."""
+def make_proxies(params: Sequence[nn.Parameter], sink: GradSink) -> list[nn.Parameter]:
+    """Leaves that share the parameters' memory and hand each gradient to the sink as soon as it is complete."""
     proxies: list[nn.Parameter] = []
     for index, param in enumerate(params):
         proxy = nn.Parameter(param.detach(), requires_grad=True)
-        proxy.register_post_accumulate_grad_hook(_hand_over(index, accumulator))
+        proxy.register_post_accumulate_grad_hook(_hand_over(index, sink))
         proxies.append(proxy)
     return proxies
 
 
-def _hand_over(index: int, accumulator: GradAccumulator):
+def _hand_over(index: int, sink: GradSink):
     def hook(proxy: Tensor) -> None:
         grad, proxy.grad = proxy.grad, None
         if grad is not None:
-            accumulator.add(index, grad)
+            sink.add(index, grad)
 
     return hook

@@ -124,7 +124,7 @@ class Ambient:
             yield
 
     def forget_casts(self) -> None:
-        """Clear autocast's cache of weight casts after a cell.
+        """Clear autocast's cache of weight casts after a stage of a cell.
 
         A cached cast is one node shared by all cells: their gradients would meet there in low precision before they
         reach the fp32 parameter, and a cast made without grad mode would cut the parameter off a later graph.

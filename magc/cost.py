@@ -94,6 +94,7 @@ class CellCost:
         state_bytes: the states of its layers.
         tape_bytes: what recording leaves behind, outputs and new states included.
         run_peak, record_peak, backward_peak: working peaks.
+        first_backward_peak, first_backward_peak_single: the backward's when it also makes the accumulators below.
         grad_bytes, grad_bytes_single: parameter gradient accumulators that it is the first to touch.
         run_seconds, record_seconds, backward_seconds: times.
     """
@@ -105,6 +106,8 @@ class CellCost:
     run_peak: int
     record_peak: int
     backward_peak: int
+    first_backward_peak: int
+    first_backward_peak_single: int
     grad_bytes: int
     grad_bytes_single: int
     run_seconds: float
@@ -203,7 +206,8 @@ def _compose(
     """
     last = len(samples) - 1
     border_kept_elsewhere = 0 if before is None else before.passed_bytes
-    run_peak = record_peak = backward_peak = 0
+    run_peak = record_peak = 0
+    backward_peaks = [0, 0, 0]
     states = kept = 0
     for index, (stage, sample) in enumerate(zip(stages, samples, strict=True)):
         activation = samples[index - 1].output_bytes if index else 0
@@ -212,11 +216,16 @@ def _compose(
         states += stage.state_bytes
         kept += sample.kept_bytes + (border_kept_elsewhere if index == 0 else 0)
     tape = kept
-    produced = 0
+    produced = grads = grads_single = 0
     for index in range(last, -1, -1):
         stage, sample = stages[index], samples[index]
         own_output = 0 if index == last else samples[last].output_bytes + sample.output_bytes
-        backward_peak = max(backward_peak, kept - tape + produced + own_output + sample.backward_peak)
+        grads += stage.grad_bytes
+        grads_single += stage.grad_bytes_single
+        peak = kept - tape + produced + own_output + sample.backward_peak
+        backward_peaks = [
+            max(old, peak + made) for old, made in zip(backward_peaks, (0, grads, grads_single), strict=True)
+        ]
         kept -= sample.kept_bytes
         # The caller still holds the new state; the gradient of the old one has come on top.
         produced += 2 * stage.state_bytes
@@ -227,9 +236,11 @@ def _compose(
         tape_bytes=tape,
         run_peak=run_peak,
         record_peak=record_peak,
-        backward_peak=backward_peak,
-        grad_bytes=sum(stage.grad_bytes for stage in stages),
-        grad_bytes_single=sum(stage.grad_bytes_single for stage in stages),
+        backward_peak=backward_peaks[0],
+        first_backward_peak=backward_peaks[1],
+        first_backward_peak_single=backward_peaks[2],
+        grad_bytes=grads,
+        grad_bytes_single=grads_single,
         run_seconds=sum(sample.run_seconds for sample in samples),
         record_seconds=sum(sample.record_seconds for sample in samples),
         backward_seconds=sum(sample.backward_seconds for sample in samples),

@@ -82,10 +82,10 @@ class Execution:
         self._request = request
         self._schedule = schedule
         self._grid = schedule.grid
-        self._runner = EagerRunner(request.stack)
+        self._ambient = Ambient.capture(request.device)
+        self._runner = EagerRunner(request.stack, self._ambient)
         self._bounds = list(self._grid.layers.all_bounds())
         self._groups = [request.stack.group(start, stop) for start, stop in self._bounds]
-        self._ambient = Ambient.capture(request.device)
         self._modes = request.stack.modes()
         self._rng = RngTape(request.device)
         self._rng_start = RngState.capture(request.device)
@@ -137,8 +137,9 @@ class Execution:
 
     def rewind(self) -> Execution:
         """A fresh execution of the same request whose forward was carried out again (for a second backward)."""
-        again = Execution(self._request, self._schedule)
-        again._ambient, again._modes = self._ambient, self._modes
+        with self._ambient.restored():
+            again = Execution(self._request, self._schedule)
+        again._modes = self._modes
         before = RngState.capture(self._request.device)
         self._rng_start.restore(self._request.device)
         try:
@@ -270,7 +271,6 @@ class Execution:
         self._set_rng(group, segment)
         inputs = self._take_inputs(group, segment, loss=self._first_pass)
         outputs = self._runner.run(self._bounds[group][0], self._groups[group], inputs, loss=self._first_pass)
-        self._ambient.forget_casts()
         self._give_outputs(group, segment, outputs)
 
     def _record(self, group: int, segment: int) -> None:
@@ -279,7 +279,6 @@ class Execution:
         tape = self._runner.record(
             self._bounds[group][0], self._groups[group], inputs, self._needs(group, segment, inputs), self._proxies
         )
-        self._ambient.forget_casts()
         self._tapes[group, segment] = tape
         if self._first_pass:
             self._give_outputs(group, segment, tape.outputs)

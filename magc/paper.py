@@ -1,10 +1,11 @@
 """The memory model of the paper, kept to reproduce its numbers and its choice of cells.
 
-Source: Lee et al., "Look Every Frame All at Once: Video-Ma2mba for Efficient Long-form Video Understanding with
-Multi-Axis Gradient Checkpointing", arXiv 2411.19460, section 3.3 and appendices C and D.
+Source: Lee et al., "Look Every Frame All at Once: Video-Ma2mba for Efficient Long-form Video Understanding
+with Multi-Axis Gradient Checkpointing", arXiv 2411.19460, section 3.3 and appendices C and D.
 
-It counts elements by the sizes of a Mamba-2 layer (magc's own planner measures bytes and seconds instead). In the
-paper's symbols, ``num_layers`` is L, ``seq_len`` is S, a cell has ``layers`` (l) by ``tokens`` (s), and M is memory.
+It counts elements by the sizes of a Mamba-2 layer (magc's own planner measures bytes and seconds instead). In
+the paper's symbols, ``num_layers`` is L, ``seq_len`` is S, a cell has ``layers`` (l) by ``tokens`` (s), and M
+is the memory.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class PaperCosts:
         ``C_state`` once per chunk of 256 tokens.
 
         Raises:
-            PlanError: a size is less than 1, ``headdim`` does not divide ``expand * d_model``, or another mode.
+            PlanError: a size is less than 1, ``headdim`` does not divide ``expand * d_model``, or ``mode``
+                is another.
         """
         if min(d_model, d_state, expand, d_conv, ngroups, headdim) < 1:
             raise PlanError(
@@ -86,7 +88,7 @@ class PaperCosts:
 
 @dataclass(frozen=True, slots=True)
 class UnitOptimum:
-    """Cell of least ``unit_memory`` over real ``1 <= layers <= L`` and ``1 <= tokens <= S``, and that memory."""
+    """Cell of least ``unit_memory`` over real ``1 <= l <= L`` and ``1 <= s <= S``, and that memory."""
 
     layers: float
     tokens: float
@@ -119,7 +121,7 @@ def unit_optimum(num_layers: int, seq_len: int) -> UnitOptimum:
 
 
 def memory_elements(num_layers: int, seq_len: int, layers: float, tokens: float, costs: PaperCosts) -> float:
-    """Eqs. 12-16: ``M = (L S / l) C_L + (L S / s) C_S + l s C_grid + s C_state``, in elements of two bytes."""
+    """Eqs. 12-16: ``M = (L S / l) C_L + (L S / s) C_S + l s C_grid + s C_state`` two-byte elements."""
     cells = num_layers * seq_len
     kept = cells / layers * costs.c_layer + cells / tokens * costs.c_sequence
     return kept + layers * tokens * costs.c_grid + tokens * costs.c_state
@@ -128,9 +130,9 @@ def memory_elements(num_layers: int, seq_len: int, layers: float, tokens: float,
 def choose(num_layers: int, seq_len: int, costs: PaperCosts) -> tuple[int, int]:
     """The cell ``(layers, tokens)`` of least ``memory_elements``.
 
-    Layers are 1 to ``num_layers``. Tokens are the multiples of 256 up to ``seq_len``; sequences shorter than 256
-    tokens, of which the paper says nothing, may be cut anywhere. Of equal cells the one with fewer layers, then
-    fewer tokens, is taken.
+    Layers are 1 to ``num_layers``. Tokens are the multiples of 256 up to ``seq_len``; sequences shorter than
+    256 tokens, of which the paper says nothing, may be cut anywhere. Of equal cells the one with fewer
+    layers, then fewer tokens, is taken.
 
     Raises:
         PlanError: ``num_layers`` or ``seq_len`` is less than 1.
@@ -139,7 +141,8 @@ def choose(num_layers: int, seq_len: int, costs: PaperCosts) -> tuple[int, int]:
     step = TOKEN_MULTIPLE if seq_len >= TOKEN_MULTIPLE else 1
     layers = np.arange(1, num_layers + 1, dtype=np.float64)[:, None]
     # For given layers, memory is a / s + b s + c: convex in s, so the best multiple is next to sqrt(a / b).
-    best = np.sqrt(num_layers * seq_len * costs.c_sequence / (layers * costs.c_grid + costs.c_state))
+    slope = np.maximum(layers * costs.c_grid + costs.c_state, 1e-100)  # costs may be zero
+    best = np.sqrt(num_layers * seq_len * costs.c_sequence / slope)
     below = np.clip(np.floor(best / step), 1, seq_len // step)
     above = np.clip(below + 1, 1, seq_len // step)
     tokens = step * np.concatenate([below, above], axis=1)
@@ -179,8 +182,8 @@ PAPER_TABLE_3: Mapping[str, Mapping[str, tuple[float, ...]]] = {
         "2.7b": (0.7, 1.1, 1.8, 2.7, 4.2, 6.9, 10.5, 17.2, 25.9, 42.2),
     },
 }
-"""Table 3: measured memory in GB without weights and gradients, by method and Mamba-2 model, for ``S = 2^10, 2^11, ...``
-as far as an A100 80GB goes. (The paper calls the smallest model 350M; 370m is its published name.)"""
+"""Table 3: measured memory in GB without weights and gradients, by method and Mamba-2 model, for sequences of
+``2^10, 2^11, ...`` tokens as far as an A100 80GB goes. (The paper's 350M is the model published as 370m.)"""
 
 PAPER_TABLE_8: Mapping[str, tuple[int, float]] = {
     "gc-off": (2**14, 12_167.86),
@@ -188,4 +191,4 @@ PAPER_TABLE_8: Mapping[str, tuple[int, float]] = {
     "sqrt-gc": (2**17, 8_617.66),
     "ma-gc": (2**19, 7_913.58),
 }
-"""Table 8: sequence length, and tokens per second of forward and backward, for Mamba-2 2.7b on an A100 80GB."""
+"""Table 8: sequence length and tokens per second (forward and backward), Mamba-2 2.7b, A100 80GB."""

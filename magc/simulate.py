@@ -116,6 +116,9 @@ class Ledger:
         self._held: dict[tuple[Kind, int, int], int] = {}
         self._live: set[tuple[Kind, int, int]] = set()
         self._stored: dict[tuple[Kind, int, int], Tier] = {}
+        self._recorded: dict[tuple[int, int], list[tuple[Kind, int, int]]] = {}
+        self._kept_outputs: dict[tuple[int, int], list[tuple[Kind, int, int]]] = {}
+        self._output_cell: tuple[int, int] | None = None
         self._touched: set[int] = set()
         self._first_pass = True
         self._output_made = self._input_grad_made = False
@@ -305,25 +308,80 @@ class Ledger:
             self._live.add(state)
             self._add(_ACTIVATIONS, -cell.state_bytes)
             self._hold(state, cell.state_bytes)
-            self._held[state] += 1
+            self._hold(state, cell.state_bytes)
             outputs = [state]
             if group + 1 < self._groups:
                 border = (Kind.BORDER, group + 1, segment)
                 self._live.add(border)
                 self._add(_ACTIVATIONS, -cell.output_bytes)
                 self._hold(border, cell.output_bytes)
-                self._held[border] += 1
+                self._hold(border, cell.output_bytes)
                 outputs.append(border)
             else:
-                self._collect_recorded(cell)
+                self._collect_recorded(cell, (group, segment))
             self._kept_outputs[group, segment] = outputs
         return height
 
-    def _collect_recorded(self, cell: CellCost) -> None:
+    def _collect_recorded(self, cell: CellCost, where: tuple[int, int]) -> None:
         if self._single and self._costs.head is None:
             # The output is the graph's own tensor; it outlives the graph.
             self._output_made = True
+            self._output_cell = where
             self._add(_ACTIVATIONS, -cell.output_bytes)
             self._add(_OUTPUT, cell.output_bytes)
         else:
             self._collect(cell)
+
+    def _backward(self, group: int, segment: int) -> int:
+        cell = self._cell(group, segment)
+        first = group not in self._touched
+        touched = (cell.grad_bytes_single if self._single else cell.grad_bytes) if first else 0
+        self._touched.add(group)
+        if group == 0 and self._costs.needs_input_grad and not self._input_grad_made:
+            self._input_grad_made = True
+            if not self._single:
+                self._add(_OUTPUT, int(self._costs.input_bytes_per_token * self._schedule.grid.tokens.length))
+        if not first:
+            height = self._work(cell.backward_peak)
+        else:
+            height = self._work(cell.first_backward_peak_single if self._single else cell.first_backward_peak)
+        self.seconds += cell.backward_seconds
+        self._add(_PARAMETERS, touched)
+        self._add(_ACTIVATIONS, -cell.tape_bytes)
+        for key in self._kept_outputs.pop((group, segment), []):
+            nbytes = self._bytes(key)
+            self._add(_ACTIVATIONS, nbytes)
+            self._release(key, nbytes)
+        if (group, segment) == self._output_cell:
+            self._add(_ACTIVATIONS, cell.output_bytes)
+        self._leave(self._recorded.pop((group, segment)))
+        if group + 1 < self._groups:
+            self._add(_GRADIENTS, -cell.output_bytes)
+        if segment + 1 < self._segments:
+            self._add(_GRADIENTS, -cell.state_bytes)
+        if group > self._schedule.lowest:
+            self._add(_GRADIENTS, cell.input_bytes)
+        elif group == 0 and self._single and self._costs.needs_input_grad:
+            self._add(_OUTPUT, int(self._costs.input_bytes_per_token * self._schedule.grid.tokens.length))
+        if segment > 0:
+            self._add(_GRADIENTS, cell.state_bytes)
+        return height
+
+    # ------------------------------------------------------------------ result
+    def result(self, forward_peak: int) -> Simulation:
+        """The totals."""
+        return Simulation(
+            peak_bytes=self.peak,
+            forward_peak_bytes=forward_peak,
+            breakdown={term: self.breakdown[index] for index, term in enumerate(Term)},
+            host_bytes=self._other_peak[Tier.HOST],
+            disk_bytes=self._other_peak[Tier.DISK],
+            runs=self.counts[Run],
+            records=self.counts[Record],
+            backwards=self.counts[Backward],
+            seconds=self.seconds,
+            timeline=tuple(self._steps or ()),
+        )
+
+
+_BORDERS, _STATES, _ACTIVATIONS, _WORKING, _GRADIENTS, _PARAMETERS, _OUTPUT = range(len(Term))

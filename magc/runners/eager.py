@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from magc.ambient import Ambient
 from magc.contract import call_layer
 from magc.errors import InputError, LayerContractError
 from magc.stack import Stack, Stage, StageKind, swapped
-from magc.tree import Flat, PyTree, describe, flatten, is_differentiable, version
+from magc.tree import Flat, PyTree, compact, describe, flatten, is_differentiable, version
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,9 @@ class CellGrads:
 class EagerRunner:
     """Runs, records and back-propagates cells with torch's autograd."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, ambient: Ambient) -> None:
         self._stack = stack
+        self._ambient = ambient
 
     # ------------------------------------------------------------------ forward
     def run(self, first: int, stages: Sequence[Stage], inputs: CellInputs, *, loss: bool = True) -> CellOutputs:
@@ -186,6 +188,7 @@ class EagerRunner:
                     new_states.append(new_state)
             _refuse_written_buffers(stage, watched)
             self._stack.memory.keeps_buffers.add(stage.name)
+            self._ambient.forget_casts()
         return CellOutputs(flatten("the output of the layers", x), tuple(new_states))
 
 
@@ -225,7 +228,8 @@ def _take_grad(leaf: Tensor | None) -> Tensor | None:
     if leaf is None or not leaf.requires_grad:
         return None
     grad, leaf.grad = leaf.grad, None
-    return grad
+    # A state's gradient is often a few rows of a gradient of the whole segment, which it must not keep alive.
+    return None if grad is None else compact(grad)
 
 
 def _buffer_versions(stage: Stage) -> list[tuple[nn.Module, str, Tensor, int]]:

@@ -41,14 +41,18 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     if actual.numel() == 0:
         return 0.0
-    difference = (actual.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+    difference = (actual.detach().double() - expected.detach().double()).abs().max()
+    return float(difference / expected.detach().double().abs().max().clamp(min=1e-30))
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
     """Largest difference at most `tolerance`, relative to the largest magnitude if that exceeds one."""
     assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
     assert torch.isfinite(actual).all(), name
-    difference = (actual.double() - expected.double()).abs().max() if actual.numel() else torch.zeros(())
-    bound = tolerance * expected.double().abs().max().clamp(min=1.0) if actual.numel() else tolerance
+    difference = (
+        (actual.detach().double() - expected.detach().double()).abs().max()
+        if actual.numel()
+        else torch.zeros(())
+    )
+    bound = tolerance * expected.detach().double().abs().max().clamp(min=1.0) if actual.numel() else tolerance
     assert difference <= bound, f"{name}: difference {float(difference):.2e}, bound {float(bound):.2e}"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from magc_kernels.ssd.reference import ssd, ssd_step
 from tests.kernels.compare import assert_close, gradients, packed_ids, randn, relative_error, splits
@@ -214,15 +215,18 @@ def test_reused_document_id_does_not_join_documents() -> None:
         assert torch.equal(a[1], e[1])
 
 
-@pytest.mark.parametrize("scale", [1e-4, 30.0, 1e4])
-def test_extreme_steps_stay_finite(scale: float) -> None:
-    """No overflow and no NaN gradient, with steps from nothing at all to a full reset per token."""
+@pytest.mark.parametrize(("scale", "tolerance"), [(1e-4, 1e-6), (30.0, 1e-5), (1e4, 1e-2)])
+def test_extreme_steps_stay_finite(scale: float, tolerance: float) -> None:
+    """No overflow and no NaN gradient, with steps from nothing at all to a full reset per token.
+
+    A decay is the exponential of a difference of running sums, so its error grows with the sums' magnitude.
+    """
     inputs = make_inputs(7, 33, dtype=torch.float32)
     inputs = {**inputs, "dt": (inputs["dt"].detach() * scale).requires_grad_()}
     outputs = ssd(**inputs, dt_softplus=True, chunk_size=16)
     expected = naive_ssd(**{n: t.detach().double() for n, t in inputs.items()}, dt_softplus=True)
     for a, e in zip(outputs, expected, strict=True):
-        assert relative_error(a.detach(), e) < 1e-5
+        assert relative_error(a.detach(), e) < tolerance
     assert all(torch.isfinite(g).all() for g in gradients(outputs, inputs).values())
 
 
@@ -248,6 +252,24 @@ def test_bfloat16_error_is_that_of_rounding_the_inputs_and_output() -> None:
     best, best_state = naive_ssd(**{n: t.double() for n, t in half.items()}, dt_softplus=True)
     assert relative_error(y, truth) <= 1.05 * relative_error(best.to(torch.bfloat16), truth) + 1e-5
     assert relative_error(state, truth_state) <= 1.05 * relative_error(best_state, truth_state) + 1e-5
+
+
+class _FloatCumsum(TorchDispatchMode):
+    """Refuses the operator that torch.use_deterministic_algorithms refuses on CUDA."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        assert func is not torch.ops.aten.cumsum.default or not args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+def test_runs_in_deterministic_mode() -> None:
+    inputs = make_inputs(29, 20, gate=True)
+    with _FloatCumsum():
+        outputs = ssd(**inputs, dt_softplus=True, seq_idx=packed_ids(0, 2, 20))
+        assert len(gradients(outputs, inputs)) == len(inputs)
 
 
 def test_autocast_does_not_lower_the_precision() -> None:

@@ -220,10 +220,9 @@ class _ChunkDecay:
 
 
 def _chunk_decay(rate_BKGQR: Tensor, runs_BL: Tensor | None) -> _ChunkDecay:
-    cumulative = torch.cumsum(rate_BKGQR, dim=3)
-    # A parallel cumulative sum of non-positive terms may rise by a rounding error. Removing that here, as a
-    # constant, makes every exponent below non-positive without keeping a clamp mask per pair of tokens for
-    # backward.
+    cumulative = _running_sum(rate_BKGQR)
+    # Rounding may make a running sum of non-positive terms rise. Removing that here, as a constant, makes
+    # every exponent below non-positive without keeping a clamp mask per pair of tokens for backward.
     values = cumulative.detach()
     cumulative = cumulative - (values - values.cummin(dim=3).values)
     last = cumulative[:, :, :, -1:]
@@ -250,6 +249,16 @@ def _chunk_decay(rate_BKGQR: Tensor, runs_BL: Tensor | None) -> _ChunkDecay:
         across = across.masked_fill((runs_BKQ[..., -1] != before_BK)[:, :, None, None], 0.0)
     within = exponent.masked_fill_(hidden, -math.inf).exp_()
     return _ChunkDecay(within, to_end, from_start, across)
+
+
+def _running_sum(x_BKGQR: Tensor) -> Tensor:
+    """Cumulative sum over Q in log2(Q) additions; torch's has no deterministic form on CUDA."""
+    size = x_BKGQR.shape[3]
+    shift = 1
+    while shift < size:
+        x_BKGQR = x_BKGQR + functional.pad(x_BKGQR[:, :, :, : size - shift], (0, 0, shift, 0))
+        shift *= 2
+    return x_BKGQR
 
 
 def _step(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:

@@ -1,0 +1,376 @@
+"""Measure a stack's own layers: bytes and seconds of every stage at a few segment lengths.
+
+Alike stages in a row are measured twice (the first, and one after its like) however many there are. Two measurements
+per length: all stages recorded in a row, as in a cell, for what each keeps; then each alone, for its working peaks and
+times. Random numbers, gradients and the stack's memory are as before afterwards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from magc.accumulate import make_proxies
+from magc.ambient import Ambient, RngState
+from magc.contract import call_layer
+from magc.cost import Bandwidths, CostModel, StageCost, StageSample
+from magc.engine import Request
+from magc.meter import MemoryMeter
+from magc.runners.eager import CellInputs, CellNeeds, CellOutputs, EagerRunner, differentiable_mask
+from magc.stack import Stack, StackMemory, Stage, StageKind, swapped
+from magc.tree import Flat, PyTree, is_differentiable, nbytes
+
+META_FLOPS = 400e12
+"""Floating-point operations per second assumed for the meta device, where nothing can be timed (bf16 on an H100)."""
+META_LAUNCH_SECONDS = 1e-3
+"""Seconds of host work per stage and pass assumed for the meta device."""
+PROFILE_SECONDS = 20.0
+"""No further segment length is measured once a profile took this long."""
+
+
+def sample_lengths(seq_len: int, device: torch.device) -> list[int]:
+    """Segment lengths to measure for a sequence: powers of 4 up to 1024 (4096 on a GPU), or to the sequence's end."""
+    longest = min(seq_len, 1024 if device.type == "cpu" else 4096)
+    lengths = [length for length in (1, 4, 16, 64, 256, 1024, 4096) if length < longest]
+    return [*lengths[-5:], longest]
+
+
+def profile(
+    request: Request,
+    lengths: Sequence[int] | None = None,
+    *,
+    limit_bytes: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CostModel:
+    """Measure the stages of a request on its own inputs.
+
+    Args:
+        request: the call whose stack, device, inputs and autocast are measured.
+        lengths: segment lengths in tokens, at most the sequence; None for `sample_lengths`.
+        limit_bytes: stop before a length that would need more working memory than this.
+        progress: told what is being measured.
+
+    Returns:
+        The cost model.
+    """
+    device = request.device
+    wanted = sorted(set(lengths or sample_lengths(request.inputs.length, device)))
+    stack = replace(request.stack, memory=StackMemory())
+    stages = _Chosen.of(stack)
+    before = RngState.capture(device)
+    samples: dict[int, list[StageSample]] = {}
+    started = time.perf_counter()
+    try:
+        for length in wanted:
+            if samples and (
+                time.perf_counter() - started > PROFILE_SECONDS
+                or (limit_bytes is not None and _peak(samples, length) > limit_bytes)
+            ):
+                break
+            if progress is not None:
+                progress(f"measuring {len(stages.picked)} stages at {length} tokens")
+            samples[length] = _Measurement(request, stack, stages.picked, length).samples()
+        state_bytes = _Measurement(request, stack, stages.picked, wanted[0]).state_bytes
+    finally:
+        before.restore(device)
+    return _build(request, stack, stages, samples, state_bytes)
+
+
+def _peak(samples: dict[int, list[StageSample]], length: int) -> float:
+    last = max(samples)
+    return sum(sample.kept_bytes + sample.backward_peak for sample in samples[last]) * length / last
+
+
+# ---------------------------------------------------------------------- which stages
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The stages to measure, and for every stage of the stack which measurements stand for it.
+
+    Attributes:
+        picked: stages to measure, in order.
+        own: for every stage, the index into ``picked`` of its own numbers.
+        passed: the same for what the next stage keeps of its output.
+    """
+
+    picked: list[Stage]
+    own: list[int]
+    passed: list[int]
+
+    @classmethod
+    def of(cls, stack: Stack) -> _Chosen:
+        chosen = cls([], [], [])
+        stages = stack.stages
+        start = 0
+        while start < len(stages):
+            stop = start + 1
+            while stop < len(stages) and _signature(stages[stop]) == _signature(stages[start]):
+                stop += 1
+            first = len(chosen.picked)
+            chosen.picked.extend(stages[start : min(stop, start + 2)])
+            last = len(chosen.picked) - 1
+            chosen.own.extend([first] + [last] * (stop - start - 1))
+            chosen.passed.extend([first] * (stop - start - 1) + [last])
+            start = stop
+        return chosen
+
+
+_NAMES_OF_POSITION = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
+
+
+def _signature(stage: Stage) -> object:
+    """Equal for stages that cost the same: class, settings, parameter shapes and mode of every module in it."""
+    if not isinstance(stage.call, nn.Module):
+        return id(stage.call)
+    return (
+        stage.kind,
+        repr(stage.call),
+        tuple((tuple(param.shape), param.dtype, param.requires_grad) for param in stage.call.parameters()),
+        tuple(
+            (
+                type(module),
+                tuple(
+                    (name, value)
+                    for name, value in sorted(vars(module).items())
+                    if isinstance(value, int | float | str | bool) and name not in _NAMES_OF_POSITION
+                ),
+            )
+            for module in stage.call.modules()
+        ),
+    )
+
+
+# ---------------------------------------------------------------------- one length
+class _Discard:
+    """A sink for gradients nobody wants."""
+
+    def add(self, index: int, grad: Tensor) -> None:
+        """Drop it."""
+
+
+@dataclass(slots=True)
+class _Alone:
+    """Numbers of one stage measured alone."""
+
+    run_peak: int
+    record_peak: int
+    backward_peak: int
+    seconds: tuple[float, float, float]
+
+
+class _Measurement:
+    """The chosen stages at one segment length, with the states they have in the middle of a sequence."""
+
+    def __init__(self, request: Request, stack: Stack, stages: Sequence[Stage], tokens: int) -> None:
+        self._device, self._stages = request.device, stages
+        self._ambient = Ambient.capture(request.device)
+        self._runner = EagerRunner(stack, self._ambient)
+        self._proxies = make_proxies(stack.params, _Discard())
+        self._side: dict[str, PyTree] = {name: source.segment(0, tokens).tree() for name, source in request.side.items()}
+        self._targets = None if request.targets is None else request.targets.segment(0, tokens).tree()
+        self._tokens = tokens
+        self._inputs: list[Flat] = []
+        self._states: list[Flat | None] = []
+        self._outputs: list[CellOutputs] = []
+        x = request.inputs.segment(0, tokens)
+        for index, stage in enumerate(stages):
+            # The second run starts from the first one's state, has its shapes settled and nothing left to set up.
+            state = None
+            for _ in range(2):
+                cell = self._cell(stage, x, state)
+                outputs = self._runner.run(self._key(index), (stage,), cell)
+                before, state = state, outputs.states[0] if outputs.states else None
+            self._inputs.append(x)
+            self._states.append(before if before is not None else None)  # pyright: ignore[reportPossiblyUnbound]
+            self._outputs.append(outputs)  # pyright: ignore[reportPossiblyUnbound]
+            x = outputs.y  # pyright: ignore[reportPossiblyUnbound]
+
+    @staticmethod
+    def _key(index: int) -> int:
+        return -1 - index  # not a layer's index: the stage stands for several
+
+    def _cell(self, stage: Stage, x: Flat, state: Flat | None) -> CellInputs:
+        return CellInputs(x, (state,) if stage.kind is StageKind.LAYER else (), self._side, self._targets)
+
+    @property
+    def state_bytes(self) -> list[int]:
+        """Bytes of each stage's state."""
+        return [sum(nbytes(state.leaves) for state in outputs.states) for outputs in self._outputs]
+
+    def samples(self) -> list[StageSample]:
+        """Measure."""
+        kept = self._in_a_row()
+        samples: list[StageSample] = []
+        for index, (own, passed) in enumerate(kept):
+            alone = self._alone(index)
+            samples.append(
+                StageSample(
+                    self._tokens,
+                    nbytes(self._outputs[index].y.leaves),
+                    own,
+                    passed,
+                    alone.run_peak,
+                    alone.record_peak,
+                    alone.backward_peak,
+                    *alone.seconds,
+                )
+            )
+        return samples
+
+    def _in_a_row(self) -> list[tuple[int, int]]:
+        """For each stage, what it keeps when recorded after the others, and what of its output the next lets go."""
+        kept: list[int] = []
+        passed: list[int] = []
+        x = self._inputs[0].map(_leaf)
+        states = [None if state is None else state.map(_leaf) for state in self._states]
+        outputs: list[Flat] = []
+        with MemoryMeter(self._device) as meter, torch.enable_grad():
+            current: PyTree = x.tree()
+            total = 0
+            for stage, state in zip(self._stages, states, strict=True):
+                with swapped((stage,), self._proxies):
+                    if stage.kind is StageKind.STEM:
+                        made = stage.call(current)
+                    elif stage.kind is StageKind.HEAD:
+                        made = stage.call(current, self._targets)
+                    else:
+                        made, new = call_layer(
+                            stage.name, stage.call, current, state, self._side, stateless_layer=stage.stateless
+                        )
+                        outputs.append(new)
+                self._ambient.forget_casts()
+                with_input = meter.live_bytes
+                current = made
+                del made
+                now = meter.live_bytes
+                if kept:
+                    passed.append(with_input - now)
+                kept.append(now - total)
+                total = now
+        passed.append(0)
+        return list(zip(kept, passed, strict=True))
+
+    def _alone(self, index: int) -> _Alone:
+        stage, x, state, outputs = self._stages[index], self._inputs[index], self._states[index], self._outputs[index]
+        cell = self._cell(stage, x, state)
+        needs = CellNeeds(differentiable_mask(x), () if not cell.states else (() if state is None else differentiable_mask(state),))
+        grad_y = [_gradient(leaf) for leaf in outputs.y.leaves]
+        if stage.kind is StageKind.HEAD:
+            grad_y = [*grad_y[:1], *(None for _ in grad_y[1:])]
+        grad_states = [[_gradient(leaf) for leaf in new.leaves] for new in outputs.states]
+        key = self._key(index)
+
+        with MemoryMeter(self._device) as meter:
+            made = self._runner.run(key, (stage,), cell)
+            run_peak = meter.peak_bytes
+            del made
+            meter.reset_peak()
+            entry = meter.live_bytes
+            tape = self._runner.record(key, (stage,), cell, needs, self._proxies)
+            record_peak = meter.peak_bytes - entry
+            meter.reset_peak()
+            entry = meter.live_bytes
+            grads = self._runner.backward(tape, grad_y, grad_states)
+            backward_peak = meter.peak_bytes - entry
+            del grads, tape
+
+        def passes() -> Iterator[tuple[float, float, float]]:
+            while True:
+                with self._timed() as run:
+                    self._runner.run(key, (stage,), cell)
+                with self._timed() as record:
+                    tape = self._runner.record(key, (stage,), cell, needs, self._proxies)
+                with self._timed() as backward:
+                    self._runner.backward(tape, grad_y, grad_states)
+                yield run[0], record[0], backward[0]
+
+        timed = passes()
+        seconds = next(timed)
+        if sum(seconds) < 0.2:
+            again = next(timed)
+            seconds = (min(seconds[0], again[0]), min(seconds[1], again[1]), min(seconds[2], again[2]))
+        return _Alone(run_peak, record_peak, backward_peak, seconds)
+
+    @contextmanager
+    def _timed(self) -> Iterator[list[float]]:
+        result: list[float] = []
+        if self._device.type == "meta":
+            with FlopCounterMode(display=False) as counter:
+                yield result
+            result.append(META_LAUNCH_SECONDS + counter.get_total_flops() / META_FLOPS)
+            return
+        _wait(self._device)
+        start = time.perf_counter()
+        yield result
+        _wait(self._device)
+        result.append(time.perf_counter() - start)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(is_differentiable(tensor))
+
+
+def _gradient(leaf: Tensor | None) -> Tensor | None:
+    return torch.ones_like(leaf) if leaf is not None and is_differentiable(leaf) else None
+
+
+def _wait(device: torch.device) -> None:
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).synchronize(device)
+
+
+# ---------------------------------------------------------------------- the model
+def _build(
+    request: Request, stack: Stack, chosen: _Chosen, samples: dict[int, list[StageSample]], state_bytes: list[int]
+) -> CostModel:
+    grads = _grad_bytes(request, stack)
+    made: dict[tuple[object, ...], StageCost] = {}
+    costs: list[StageCost] = []
+    for own, passed, grad in zip(chosen.own, chosen.passed, grads, strict=True):
+        key = (own, passed, grad)
+        if key not in made:
+            rows = [replace(row[own], passed_bytes=row[passed].passed_bytes) for _, row in sorted(samples.items())]
+            made[key] = StageCost(tuple(rows), state_bytes[own], *grad)
+        costs.append(made[key])
+    stem = costs.pop(0) if stack.stem is not None else None
+    head = costs.pop() if stack.head is not None else None
+    tensors = request.inputs.flat.tensors or request.inputs.segment(0, 1).tensors
+    length = request.inputs.length if request.inputs.flat.tensors else 1
+    return CostModel(
+        stages=tuple(costs),
+        stem=stem,
+        head=head,
+        input_bytes_per_token=nbytes(tensors) / length,
+        input_is_view=bool(request.inputs.flat.tensors) and all(leaf.device == request.device for leaf in tensors),
+        needs_input_grad=any(request.needs_x),
+        host_is_device=request.device.type in ("cpu", "meta"),
+        bandwidths=Bandwidths(),
+        longest_sample=max(samples),
+    )
+
+
+def _grad_bytes(request: Request, stack: Stack) -> list[tuple[int, int]]:
+    """For every stage, bytes of the accumulators that the backward touches first there: (many cells, one cell)."""
+    users = [0] * len(stack.params)
+    for stage in stack.stages:
+        for index in {slot.index for slot in stage.slots}:
+            users[index] += 1
+    seen: set[int] = set()
+    rows: list[tuple[int, int]] = []
+    for stage in reversed(stack.stages):
+        many = one = 0
+        for index in {slot.index for slot in stage.slots} - seen:
+            param = stack.params[index]
+            wide = param.numel() * torch.promote_types(param.dtype, request.accumulate).itemsize
+            many += wide
+            one += param.numel() * param.element_size() if users[index] == 1 else wide
+            seen.add(index)
+        rows.append((many, one))
+    return rows[::-1]
+
+
