@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from magc.engine import Observer, Request
-from magc.errors import InputError, PlanError, StateError
+from magc.errors import InputError, LayerContractError, PlanError, StateError
 from magc.function import apply_grid
 from magc.plan import Plan, PlanOrRule
 from magc.schedule import Schedule
-from magc.source import SegmentSource
+from magc.source import SegmentSource, is_segmented
 from magc.stack import Stack, StackMemory, build_stack
 from magc.tree import Flat, PyTree, describe, flatten, is_differentiable
 from magc.units import parse_bytes
@@ -46,7 +46,8 @@ class GridCheckpoint(nn.Module):
 
     Raises:
         PlanError: neither plan nor budget given, or both.
-        LayerContractError: a layer is not a module.
+        InputError: ``accumulate`` is no floating-point dtype.
+        LayerContractError: a layer is not a module, or there is none.
     """
 
     def __init__(
@@ -67,7 +68,10 @@ class GridCheckpoint(nn.Module):
                 f"GridCheckpoint(plan={plan!r}, budget={budget!r}): give either a plan, or a budget such as "
                 f"budget='24GiB' from which one is made"
             )
-        self.layers = layers if isinstance(layers, nn.ModuleList) else nn.ModuleList(layers)
+        if plan is not None:
+            _require_plan_or_rule(plan)
+        _require_accumulate(accumulate)
+        self.layers = layers if isinstance(layers, nn.ModuleList) else _module_list(layers)
         self.plan = plan
         self.budget = None if budget is None else parse_bytes(budget)
         self.host_budget = None if host_budget is None else parse_bytes(host_budget)
@@ -146,6 +150,11 @@ class GridCheckpoint(nn.Module):
             raise InputError(f"reduction={reduction!r}: give 'mean' or 'sum'")
         y, states = self._run(inputs, state, side, targets=targets, stem=stem, head=head)
         total, count = y.tensors
+        if reduction == "mean" and not bool(count):
+            raise InputError(
+                "the head counted no target in the whole sequence, so the mean loss is 0 / 0; skip such a batch, or give "
+                "reduction='sum'"
+            )
         return total / count if reduction == "mean" else total, tuple(final.tree() for final in states)
 
     def plan_for(self, x: PyTree, **side: PyTree) -> Plan:
@@ -194,7 +203,7 @@ class GridCheckpoint(nn.Module):
     def _plan_of(self, request: Request) -> Plan:
         """The given plan, or the planner's: measured once per input shape, parameter set and mode."""
         if self.plan is not None:
-            return self.plan if isinstance(self.plan, Plan) else self.plan(len(self.layers), request.inputs.length)
+            return _resolve(self.plan, request)
         from magc.planner import plan_request
 
         key = _shape_key(request)
@@ -241,11 +250,47 @@ def grid_checkpoint(
     Raises:
         InputError, StateError, LayerContractError, PlanError: as `GridCheckpoint.forward`.
     """
+    _require_plan_or_rule(plan)
+    _require_accumulate(accumulate)
     stack = build_stack(layers, seq_dim=seq_dim)
     request = make_request(stack, x, state, side, accumulate=accumulate, disk_dir=disk_dir, observer=observer)
-    chosen = plan if isinstance(plan, Plan) else plan(len(stack.layers), request.inputs.length)
-    result = apply_grid(request, make_schedule(request, chosen))
+    result = apply_grid(request, make_schedule(request, _resolve(plan, request)))
     return result.y.tree(), tuple(final.tree() for final in result.states)
+
+
+def _module_list(layers: Iterable[nn.Module]) -> nn.ModuleList:
+    given: list[object] = list(layers)
+    for index, layer in enumerate(given):
+        if not isinstance(layer, nn.Module):
+            raise LayerContractError(
+                f"layer {index} is a {type(layer).__name__}, but GridCheckpoint holds nn.Modules; wrap a function in one, or "
+                f"use magc.grid_checkpoint"
+            )
+    if not given:
+        raise LayerContractError("a stack needs at least one layer, got an empty list")
+    return nn.ModuleList(layer for layer in given if isinstance(layer, nn.Module))
+
+
+def _require_plan_or_rule(plan: object) -> None:
+    if not isinstance(plan, Plan) and not callable(plan):
+        raise PlanError(
+            f"plan={plan!r} is a {type(plan).__name__}; give a magc.Plan, or a rule (n_layers, seq_len) -> Plan such as "
+            f"Plan.multi_axis"
+        )
+
+
+def _require_accumulate(dtype: object) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"accumulate={dtype!r}: give a floating-point dtype such as torch.float32")
+
+
+def _resolve(plan: PlanOrRule, request: Request) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    made: object = plan(len(request.stack.layers), request.inputs.length)
+    if not isinstance(made, Plan):
+        raise PlanError(f"the plan rule {plan!r} returned a {type(made).__name__}; it must return a magc.Plan")
+    return made
 
 
 def make_request(
@@ -270,7 +315,7 @@ def make_request(
         raise InputError("a head and targets go together: give both, or neither")
     device = _device_of(stack, x)
     # Inputs of a stem or beside a head may stay on the host; x itself is an activation and must be where it is used.
-    moves = device if stack.stem is not None else None
+    moves = device if stack.stem is not None or is_segmented(x) else None
     inputs = SegmentSource("inputs" if stack.stem is not None else "x", x, stack.seq_dim, moves)
     sides = {name: SegmentSource(name, value, stack.seq_dim, device) for name, value in side.items()}
     wanted = None if targets is None else SegmentSource("targets", targets, stack.seq_dim, device)
@@ -285,7 +330,7 @@ def make_request(
                 f"{other.what} requires a gradient, but none flows to side inputs and targets; pass it as part of x, or "
                 f"detach() it"
             )
-    if moves is None:
+    if stack.stem is None:
         for path, leaf in zip(inputs.flat.paths(), inputs.flat.leaves, strict=True):
             if leaf is not None and leaf.device != device:
                 raise InputError(
@@ -303,7 +348,7 @@ def make_request(
     )
 
     return Request(
-        stack, inputs, sides, wanted, states, needs_x, needs_states, device, accumulate, disk_dir, observer
+        stack, inputs, sides, wanted, states, needs_x, needs_states, device, accumulate, disk_dir, observer, grad
     )
 
 

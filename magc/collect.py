@@ -42,6 +42,10 @@ class TokenOutput:
         """
         start, stop = bounds
         axis, last = self._stack.seq_dim, self._stack.stages[-1].name
+        if self._y is not None and y.spec != self._y.spec:
+            raise LayerContractError(
+                f"{last} returned an output of structure {y.spec} for tokens {start} to {stop} but {self._y.spec} before"
+            )
         for path, leaf in zip(y.paths(), y.leaves, strict=True):
             if leaf is not None and (leaf.dim() <= axis or leaf.shape[axis] != stop - start):
                 raise LayerContractError(
@@ -55,13 +59,16 @@ class TokenOutput:
             return
         if self._y is None:
             self._y = y.map(self._empty)
-        if y.spec != self._y.spec:
-            raise LayerContractError(
-                f"{last} returned an output of structure {y.spec} for tokens {start} to {stop} but {self._y.spec} before"
-            )
-        for whole, part in zip(self._y.leaves, y.leaves, strict=True):
-            if whole is not None and part is not None:
-                whole.narrow(axis, start, stop - start).copy_(part.detach())
+        for path, whole, part in zip(y.paths(), self._y.leaves, y.leaves, strict=True):
+            room = None if whole is None else whole.narrow(axis, start, stop - start)
+            if room is not None and part is not None and (room.shape, room.dtype) == (part.shape, part.dtype):
+                room.copy_(part.detach())
+            elif room is not None or part is not None:
+                # copy_ would broadcast and convert.
+                raise LayerContractError(
+                    f"{last} returned output{path} as {describe(part)} for tokens {start} to {stop}, where segments before "
+                    f"make {describe(room)} of it; shape and dtype must stay the same in every segment"
+                )
 
     def _empty(self, part: Tensor) -> Tensor:
         shape = list(part.shape)

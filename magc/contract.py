@@ -64,7 +64,8 @@ def call_layer(
         stateless_layer: whether it may return a state without tensors.
 
     Returns:
-        Its output, and its new state; tensors of the state own their memory and share none with the output.
+        Its output, and its new state; tensors of the state own their memory and share none with the output, the input or
+        the given state.
 
     Raises:
         LayerContractError: the layer returned something else than a pair, wrote into its state, or dropped it.
@@ -95,11 +96,14 @@ def call_layer(
         )
     if state is not None:
         _require_same_form(name, state, new_state)
-    y_storages = {storage_id(leaf) for leaf in flatten(f"the output of {name}", y).tensors}
+    others = [*flatten(f"the output of {name}", y).tensors, *flatten("x", x).tensors]
+    others += [] if state is None else state.tensors
+    shared = {storage_id(leaf) for leaf in others}
 
     def own(tensor: Tensor) -> Tensor:
-        # The next layer may write into y, and a view would keep the segment's activations alive with the state.
-        return tensor.clone() if storage_id(tensor) in y_storages else compact(tensor)
+        # The next layer may write into y and the user into the final state, while the input and the state before are
+        # checkpoints; and a view would keep the segment's activations alive with the state.
+        return tensor.clone() if storage_id(tensor) in shared else compact(tensor)
 
     return y, new_state.map(own)
 

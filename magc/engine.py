@@ -6,22 +6,22 @@ runner under the same random numbers and autocast, so the recomputed values are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from magc.accumulate import GradAccumulator, make_proxies
+from magc.accumulate import GradAccumulator, make_frozen, make_proxies
 from magc.ambient import Ambient, RngState, RngTape, recomputing
 from magc.collect import GradInput, LossOutput, OutputCollector, TokenOutput
-from magc.errors import RecomputeError
+from magc.errors import LayerContractError, RecomputeError
 from magc.runners.eager import CellInputs, CellNeeds, CellOutputs, EagerRunner, Tape, differentiable_mask
 from magc.schedule import Action, Backward, Drop, Forget, Kind, Load, Record, Run, Save, Schedule
 from magc.source import SegmentSource
 from magc.stack import Stack
 from magc.store import CheckpointStore
-from magc.tree import Flat, compact
+from magc.tree import Flat, compact, describe, version
 
 Observer = Callable[[Action], None]
 """Called with each action after it was carried out."""
@@ -43,6 +43,7 @@ class Request:
         accumulate: dtype in which parameter gradients are summed over cells.
         disk_dir: where the disk store makes its directory; None for the system's temporary folder.
         observer: sees every action.
+        grad: whether grad mode was on in the call.
     """
 
     stack: Stack
@@ -56,6 +57,7 @@ class Request:
     accumulate: torch.dtype
     disk_dir: str | None = None
     observer: Observer | None = None
+    grad: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +89,14 @@ class Execution:
         self._bounds = list(self._grid.layers.all_bounds())
         self._groups = [request.stack.group(start, stop) for start, stop in self._bounds]
         self._modes = request.stack.modes()
+        self._watched = list(_unsaved(request)) if schedule.lowest < schedule.grid.groups else []
         self._rng = RngTape(request.device)
         self._rng_start = RngState.capture(request.device)
         self._store = CheckpointStore(request.device, request.disk_dir)
+        self._initial = tuple(None if state is None else state.map(Tensor.detach) for state in request.states)
         self._accumulator = GradAccumulator(request.stack.params, request.accumulate, self._single_use())
         self._proxies: list[nn.Parameter] = []
+        self._frozen = make_frozen(request.stack.params) if request.grad else None
         self._borders: dict[tuple[int, int], Flat] = {}
         self._states: dict[tuple[int, int], tuple[Flat | None, ...]] = {}
         self._specs: dict[int, Flat] = {}
@@ -135,11 +140,31 @@ class Execution:
         self._y = None
         return result
 
+    def require_unchanged(self) -> None:
+        """Refuse a backward whose recompute would be another function than the forward was.
+
+        Raises:
+            RecomputeError: a module was switched between training and evaluation since the forward, or a buffer, a frozen
+                parameter, a side input or the targets were written into. (Trainable parameters, x and initial states are
+                saved tensors, which torch checks.)
+        """
+        if self._request.stack.modes() != self._modes:
+            raise RecomputeError(
+                "a layer was switched between train() and eval() after the forward, so its recompute would be another "
+                "function; call backward() before switching"
+            )
+        for what, tensor, before in self._watched:
+            if version(tensor) != before:
+                raise RecomputeError(
+                    f"{what} ({describe(tensor)}) was modified in place after the forward, so a recompute would be another "
+                    f"function; call backward() before modifying it, or give the forward a copy"
+                )
+
     def rewind(self) -> Execution:
         """A fresh execution of the same request whose forward was carried out again (for a second backward)."""
         with self._ambient.restored():
             again = Execution(self._request, self._schedule)
-        again._modes = self._modes
+        again._modes, again._watched = self._modes, self._watched
         before = RngState.capture(self._request.device)
         self._rng_start.restore(self._request.device)
         try:
@@ -159,14 +184,10 @@ class Execution:
             grad_states: gradients of each layer's final state.
 
         Raises:
-            RecomputeError: a module was switched between training and evaluation since the forward.
+            RecomputeError: as `require_unchanged`.
         """
         request, grid = self._request, self._grid
-        if request.stack.modes() != self._modes:
-            raise RecomputeError(
-                "a layer was switched between train() and eval() after the forward, so its recompute would be another "
-                "function; call backward() before switching"
-            )
+        self.require_unchanged()
         self.spent = True
         self._first_pass = False
         self._grad_y = grad_y
@@ -247,7 +268,7 @@ class Execution:
         start, stop = self._grid.tokens.bounds(segment)
         x = request.inputs.segment(start, stop) if group == 0 else self._borders.pop((group, segment))
         first, last = self._bounds[group]
-        states = request.states[first:last] if segment == 0 else self._states.pop((group, segment))
+        states = self._initial[first:last] if segment == 0 else self._states.pop((group, segment))
         side = {name: source.segment(start, stop).tree() for name, source in request.side.items()}
         wants_targets = request.targets is not None and loss and group == self._grid.groups - 1
         targets = request.targets.segment(start, stop).tree() if request.targets is not None and wants_targets else None
@@ -257,7 +278,12 @@ class Execution:
         if group + 1 < self._grid.groups:
             border = outputs.y.map(Tensor.detach)
             self._borders[group + 1, segment] = border
-            self._specs.setdefault(group + 1, border.with_leaves([None] * len(border.leaves)))
+            spec = self._specs.setdefault(group + 1, border.with_leaves([None] * len(border.leaves))).spec
+            if border.spec != spec:
+                raise LayerContractError(
+                    f"{self._groups[group][-1].name} returned an output of structure {border.spec} for segment {segment} "
+                    f"but {spec} before; the structure must stay the same in every segment"
+                )
         elif self._first_pass and self._y is not None:
             self._y.add(self._grid.tokens.bounds(segment), outputs.y)
         states = tuple(state.map(Tensor.detach) for state in outputs.states)
@@ -270,7 +296,9 @@ class Execution:
     def _run(self, group: int, segment: int) -> None:
         self._set_rng(group, segment)
         inputs = self._take_inputs(group, segment, loss=self._first_pass)
-        outputs = self._runner.run(self._bounds[group][0], self._groups[group], inputs, loss=self._first_pass)
+        outputs = self._runner.run(
+            self._bounds[group][0], self._groups[group], inputs, loss=self._first_pass, frozen=self._frozen
+        )
         self._give_outputs(group, segment, outputs)
 
     def _record(self, group: int, segment: int) -> None:
@@ -322,3 +350,15 @@ class Execution:
         elif group > self._schedule.lowest:
             self._grad_border[group] = grads.x
 
+
+def _unsaved(request: Request) -> Iterator[tuple[str, Tensor, int]]:
+    """What a recompute reads beside the tensors that autograd saves: a name, the tensor, its version now."""
+    for stage in request.stack.stages:
+        for module in stage.modules:
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and not tensor.requires_grad:
+                    yield f"{name!r} of {stage.name}", tensor, version(tensor)
+    for source in (*request.side.values(), *(() if request.targets is None else (request.targets,))):
+        for path, leaf in zip(source.flat.paths(), source.flat.leaves, strict=True):
+            if leaf is not None:
+                yield f"{source.what}{path}", leaf, version(leaf)

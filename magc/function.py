@@ -26,9 +26,10 @@ class _Grid(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         forms.extend((result.y, *result.states))
         outputs = tuple(tensor for form in forms for tensor in form.tensors)
-        ctx.mark_non_differentiable(*(tensor for tensor in outputs if not is_differentiable(tensor)))
+        constant = [tensor for tensor in outputs if not is_differentiable(tensor)]
         if request.stack.head is not None:
-            ctx.mark_non_differentiable(*result.y.tensors[1:])
+            constant += result.y.tensors[1:]  # the count
+        ctx.mark_non_differentiable(*constant)
         ctx.masks = [_mask(form) for form in forms]
         return outputs
 
@@ -44,6 +45,7 @@ class _Grid(torch.autograd.Function):
         execution: Execution = ctx.execution
         if execution.spent:
             # retain_graph=True: the checkpoints are gone, the inputs are not.
+            execution.require_unchanged()
             execution = execution.rewind()
         per_form = _split(ctx.masks, grads)
         result = execution.backward(per_form[0], per_form[1:])

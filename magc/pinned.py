@@ -25,8 +25,7 @@ _ALIGNMENT = 512
 
 
 class PinnedPool:
-    """Pinned host memory for one GPU, reused by the checkpoints of any number of stores, one after another
-    or at a time.
+    """Pinned host memory for one GPU, shared by the checkpoints of any number of stores.
 
     Memory is pinned when first needed and kept until the pool is garbage. Blocks are handed out by exact
     size (rounded up to 512 bytes), since the checkpoints of a grid have few sizes; when all blocks are
@@ -56,8 +55,7 @@ class PinnedPool:
         return sum(slab.memory.nbytes for slab in self._slabs)
 
     def take(self, nbytes: int, *, for_host: bool = False) -> PinnedBlock:
-        """A block of ``nbytes`` whose earlier use is over for the current stream, or for the host if
-        ``for_host``.
+        """A block of ``nbytes`` that the current stream may write to, or the host at once if ``for_host``.
 
         Raises:
             StoreError: no more memory can be pinned.

@@ -57,15 +57,15 @@ class Plan:
         for name in ("layers", "tokens"):
             value = getattr(self, name)
             sizes = value if isinstance(value, tuple) else (value,) if value is not None else ()
-            if value == () or any(not isinstance(size, int) or size < 1 for size in sizes):
+            if value == () or any(type(size) is not int or size < 1 for size in sizes):
                 raise PlanError(f"Plan({name}={value!r}): give a positive int, a tuple of positive ints, or None")
         object.__setattr__(self, "states", _tier("states", self.states))
         if self.borders != REBUILD:
             object.__setattr__(self, "borders", _tier("borders", self.borders))
-        if self.keep != ALL and (not isinstance(self.keep, int) or self.keep < 1):
+        if self.keep != ALL and (type(self.keep) is not int or self.keep < 1):
             raise PlanError(f"Plan(keep={self.keep!r}): keep at least 1 trailing cell, or 'all'")
-        if self.snapshots is not None and self.snapshots < 0:
-            raise PlanError(f"Plan(snapshots={self.snapshots}): give 0 or more, or None for every boundary")
+        if self.snapshots is not None and (type(self.snapshots) is not int or self.snapshots < 0):
+            raise PlanError(f"Plan(snapshots={self.snapshots!r}): give 0 or more, or None for every boundary")
 
     # ------------------------------------------------------------------ the usual strategies by name
     @classmethod

@@ -130,6 +130,20 @@ class Ledger:
         self.seconds = 0.0
         self.breakdown = list(self._terms)
 
+    # ------------------------------------------------------------------ totals
+    def terms(self) -> list[int]:
+        """Bytes held now, term by term."""
+        return list(self._terms)
+
+    def peak_on(self, tier: Tier) -> int:
+        """Most bytes held at a time on a tier other than the device."""
+        return self._other_peak[tier]
+
+    def reset_peak(self) -> None:
+        """Let the peak start again from the bytes held now."""
+        self.peak = self.live
+        self.breakdown = list(self._terms)
+
     # ------------------------------------------------------------------ bytes
     def _add(self, term: int, nbytes: int) -> None:
         self._terms[term] += nbytes

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from magc.errors import InputError
-from magc.tree import Flat, PyTree, flatten
+from magc.tree import Flat, PyTree, describe, flatten
 
 
 @runtime_checkable
@@ -25,6 +25,11 @@ class Segmented(Protocol):
         ...
 
 
+def is_segmented(value: object) -> TypeGuard[Segmented]:
+    """Whether ``value`` is a source of segments rather than a pytree."""
+    return isinstance(value, Segmented) and not isinstance(value, Tensor | Sequence)
+
+
 class SegmentSource:
     """A pytree of tensors with a sequence axis, or a `Segmented` object, seen segment by segment on one device.
 
@@ -35,14 +40,19 @@ class SegmentSource:
         device: where segments are wanted; None leaves them where they are.
 
     Raises:
-        InputError: no tensor in it, a tensor without the sequence axis, ragged or zero lengths.
+        InputError: no tensor in it, a tensor without the sequence axis, ragged or zero lengths, a negative ``seq_dim``.
     """
 
     def __init__(self, what: str, value: PyTree, seq_dim: int, device: torch.device | None) -> None:
+        if seq_dim < 0:
+            raise InputError(
+                f"seq_dim={seq_dim}: count the sequence axis from the front (0, 1, ...), since tensors of a pytree may differ "
+                f"in their number of axes"
+            )
         self.what = what
         self._device = device
         self._seq_dim = seq_dim
-        self._own = value if isinstance(value, Segmented) and not isinstance(value, Tensor | Sequence) else None
+        self._own = value if is_segmented(value) else None
         self.flat = Flat((), flatten(what, ()).spec) if self._own is not None else flatten(what, value)
         self.length = len(self._own) if self._own is not None else self._tensor_length()
         if self.length < 1:
@@ -70,10 +80,30 @@ class SegmentSource:
         return next(iter(lengths.values()))
 
     def segment(self, start: int, stop: int) -> Flat:
-        """Tokens ``start`` to ``stop``: views of the tensors, moved to the device if they are elsewhere."""
+        """Tokens ``start`` to ``stop``: views of the tensors, moved to the device if they are elsewhere.
+
+        Raises:
+            InputError: the user's own source gave another number of tokens, or a tensor that requires a gradient.
+        """
         if self._own is not None:
             part = flatten(self.what, self._own.segment(start, stop))
+            self._check(part, start, stop)
         else:
             part = self.flat.map(lambda leaf: leaf.detach().narrow(self._seq_dim, start, stop - start))
         device = self._device
         return part if device is None else part.map(lambda leaf: leaf.to(device, non_blocking=True))
+
+    def _check(self, part: Flat, start: int, stop: int) -> None:
+        for path, leaf in zip(part.paths(), part.leaves, strict=True):
+            if leaf is None:
+                continue
+            if leaf.dim() <= self._seq_dim or leaf.shape[self._seq_dim] != stop - start:
+                raise InputError(
+                    f"{self.what}.segment({start}, {stop}) gave{path} {describe(leaf)}, which is not {stop - start} tokens "
+                    f"along axis {self._seq_dim}; give exactly the tokens asked for"
+                )
+            if leaf.requires_grad:
+                raise InputError(
+                    f"{self.what}.segment({start}, {stop}) gave{path} a tensor that requires a gradient, but none flows to "
+                    f"a source of segments; detach() it, pass a tensor, or make its trainable part the stem"
+                )

@@ -100,12 +100,14 @@ class StackMemory:
     """What calls learn about the layers of one stack, so that checks cost something only once.
 
     Attributes:
-        writes_input: first layer of a group -> whether it writes into its input (then it gets a copy).
+        writes_input: (first layer, number of stages) of a group -> whether it writes into its input (then it gets a copy).
+        keeps_state: names of layers that were seen not to write into the state they are given.
         verified: (first layer, number of stages) of groups whose recorded graph was searched for unknown parameters.
         keeps_buffers: names of stages that were seen not to change their buffers.
     """
 
-    writes_input: dict[int, bool] = field(default_factory=dict[int, bool])
+    writes_input: dict[tuple[int, int], bool] = field(default_factory=dict[tuple[int, int], bool])
+    keeps_state: set[str] = field(default_factory=set[str])
     verified: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
     keeps_buffers: set[str] = field(default_factory=set[str])
 
@@ -169,7 +171,8 @@ def swapped(stages: Sequence[Stage], proxies: Sequence[nn.Parameter]) -> Iterato
                 _set_parameter(slot, proxies[slot.index])
         yield
     finally:
-        for slot, original in originals:
+        # Last in, first out: a module that is in the stack twice has its slots listed twice, the second time as swapped.
+        for slot, original in reversed(originals):
             _set_parameter(slot, original)
 
 

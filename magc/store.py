@@ -33,12 +33,12 @@ class CheckpointStore:
     too unless the tensor has gaps or overlaps (an expanded tensor, say), which comes back contiguous from
     the host and the disk.
 
-    ``Tier.DEVICE`` keeps references. A tensor that is a view of part of a larger storage is cloned, on any
-    tier, so that it does not keep the larger one alive.
+    ``Tier.DEVICE`` keeps references, except that a tensor that is a view of part of a larger storage is
+    cloned, so that it does not keep the larger one alive.
 
     ``Tier.HOST`` on a GPU copies to pinned memory and back on the current stream without blocking the host.
     A ``get`` on another stream than the ``put`` waits for it on the device; tensors that ``get`` returns
-    belong to the stream it was called on. On a CPU the host *is* the device: references are kept.
+    belong to the stream it was called on. On a CPU the host *is* the device: as ``Tier.DEVICE``.
 
     ``Tier.DISK`` writes each checkpoint to a file of its own in a temporary directory, and blocks until
     that is done.
@@ -46,8 +46,7 @@ class CheckpointStore:
     Args:
         device: where checkpoints come from and return to; a CPU or CUDA device.
         disk_dir: an existing directory under which to make the temporary directory, best on a fast local
-        disk with
-            room. None means the system's (``tempfile.gettempdir()``), which may itself be memory.
+            disk with room. None means the system's (``tempfile.gettempdir()``), which may itself be memory.
         pool: pinned memory to use and return; None means a pool of the store's own. CUDA only.
 
     Raises:
@@ -94,31 +93,25 @@ class CheckpointStore:
         """Hold ``tensors`` under ``key`` on ``tier``.
 
         Raises:
-            StoreError: the key is held already; a tensor is not on the store's device, or, on the host or
-            disk, not a
-                plain strided tensor; host memory cannot be pinned; the disk is full or fails (no part of a
-                file stays).
+            StoreError: the key is held already; a tensor is not on the store's device, is sparse, or is a
+                subclass that only the device tier can hold; host memory cannot be pinned; the disk is full
+                or fails (no part of a file stays).
         """
         self._check_open()
         tier = Tier(tier)
         if key in self._held:
             raise StoreError(f"checkpoint {key!r} is held already: drop it before it is put again.")
         for tensor in tensors:
-            if tensor is not None and tensor.device != self.device:
-                raise StoreError(
-                    f"checkpoint {key!r} has a tensor on {tensor.device}, the store is for {self.device}: "
-                    "move the tensor there, or keep it out of the checkpoint."
-                )
-        kept = [None if tensor is None else compact(tensor.detach()) for tensor in tensors]
+            if tensor is not None:
+                _refuse_unsuited(key, tensor, tier, self.device)
+        values = [None if tensor is None else tensor.detach() for tensor in tensors]
         checkpoint: _Checkpoint
         if tier is Tier.DISK:
-            _require_plain(key, tier, kept)
-            checkpoint = DiskCheckpoint.write(repr(key), kept, self._directory, self._staging_pool())
+            checkpoint = DiskCheckpoint.write(repr(key), values, self._directory, self._staging_pool())
         elif tier is Tier.HOST and self.device.type == "cuda":
-            _require_plain(key, tier, kept)
-            checkpoint = _Pinned.copy(kept, self._host_pool())
+            checkpoint = _Pinned.copy(values, self._host_pool())
         else:
-            checkpoint = _Referenced(tier, kept)
+            checkpoint = _Referenced(tier, [None if value is None else compact(value) for value in values])
         self._held[key] = checkpoint
         self._bytes[tier] += checkpoint.nbytes
 
@@ -279,13 +272,19 @@ class _Pinned:
         self._uses[stream].record(stream)
 
 
-def _require_plain(key: Hashable, tier: Tier, tensors: list[Tensor | None]) -> None:
-    for tensor in tensors:
-        if tensor is not None and not is_plain(tensor):
-            raise StoreError(
-                f"checkpoint {key!r} has a {type(tensor).__name__} of layout {tensor.layout}; only "
-                f"plain strided tensors can go to the {tier} tier. Keep it on the device tier."
-            )
+def _refuse_unsuited(key: Hashable, tensor: Tensor, tier: Tier, device: torch.device) -> None:
+    if tensor.device != device:
+        raise StoreError(
+            f"checkpoint {key!r} has a tensor on {tensor.device}, the store is for {device}: move the tensor "
+            "there, or keep it out of the checkpoint."
+        )
+    if tensor.layout is not torch.strided:
+        raise StoreError(f"checkpoint {key!r} has a tensor of layout {tensor.layout}: make it dense first.")
+    if tier is not Tier.DEVICE and not is_plain(tensor):
+        raise StoreError(
+            f"checkpoint {key!r} has a {type(tensor).__name__}, of which only references can be held: put it "
+            f"on the device tier, not on the {tier} tier."
+        )
 
 
 def _discard_all(held: dict[Hashable, _Checkpoint], directory: CheckpointDirectory) -> None:

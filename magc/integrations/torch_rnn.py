@@ -13,7 +13,7 @@ PyTorch's ``(num_layers, batch, hidden_size)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from magc.errors import InputError, LayerContractError, StateError
 RNNState = Tensor | tuple[Tensor, Tensor]
 """``h (batch, hidden)``, or ``(h, c)`` for an LSTM."""
 
-_cudnn: Any = torch.backends.cudnn
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
@@ -35,10 +34,11 @@ class RNNLayer(nn.Module):
     draws for the whole module. The layer has its own ``training`` flag, taken from the module.
 
     The parameters are read at each call under the names ``weight_ih``, ``weight_hh``, ``bias_ih``,
-    ``bias_hh`` and ``weight_hr``. cuDNN wants the weights of a call in one chunk of memory. In a module of
-    several layers no layer's are, since the module's chunk is laid out across layers; such weights are
-    copied into a chunk at each call, which gradients flow through (the memory of the parameters themselves
-    is not touched: the module may be used as before).
+    ``bias_hh`` and ``weight_hr``. cuDNN wants the weights of a call in one chunk of memory, and the chunk
+    of a module of several layers is laid out across its layers. So on a GPU the weights of a layer are
+    copied into a chunk of its own at each call, and gradients flow through the copy; the memory of the
+    parameters is not touched, and the module may be used as before. Nothing is copied if the module has one
+    layer, with bias.
 
     Args:
         module: the module to take the layer from; see ``split_rnn`` for what is refused.
@@ -159,22 +159,23 @@ class RNNLayer(nn.Module):
     def _weights(self, x: Tensor) -> list[Tensor]:
         """The weights as PyTorch's operators take them: ih, hh, the biases, hr."""
         weights = {name: cast(Tensor, getattr(self, name)) for name in self._names}
-        if x.is_cuda and _cudnn.is_acceptable(x):
+        if x.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
             weights = self._in_one_chunk(weights)
         return list(weights.values())
 
     def _in_one_chunk(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        # cuDNN's order: the matrices, then two biases, which it wants (as zeros) even without bias.
+        """The weights in one chunk in cuDNN's order, as they are if they are so already."""
         order = sorted(weights, key=("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh").index)
-        flat = [weights[name] for name in order]
-        spare = 0 if self.bias else 2 * _GATES[self.mode] * self.hidden_size
-        if _is_chunk(flat, spare):
+        parts = [weights[name] for name in order]
+        if self.bias and _is_chunk(parts):
             return weights
-        parts = [weight.reshape(-1) for weight in flat]
-        chunk = torch.cat([*parts, parts[0].new_zeros(spare)])
-        sizes = [part.numel() for part in parts] + [spare]
-        views = dict(zip(order, torch.split_with_sizes(chunk, sizes), strict=False))
-        return {name: views[name].view_as(weight) for name, weight in weights.items()}
+        # Without bias, cuDNN still reads two biases behind the matrices. Always give it zeros of ours: behind
+        # the matrices of a module's first layer lie those of the second, and PyTorch does not notice.
+        biases = 0 if self.bias else 2 * _GATES[self.mode] * self.hidden_size
+        flat = [part.reshape(-1) for part in parts] + [parts[0].new_zeros(biases)]
+        views = torch.split_with_sizes(torch.cat(flat), [part.numel() for part in flat])
+        chunked = dict(zip(order, views, strict=False))
+        return {name: chunked[name].view_as(weight) for name, weight in weights.items()}
 
 
 def split_rnn(module: nn.Module) -> list[RNNLayer]:
@@ -247,8 +248,8 @@ def from_torch_state(
     return [state[i].clone() for i in range(layers)]
 
 
-def _is_chunk(tensors: list[Tensor], spare: int) -> bool:
-    """Whether the tensors lie in a row from the start of one storage with ``spare`` more elements."""
+def _is_chunk(tensors: list[Tensor]) -> bool:
+    """Whether the tensors lie in a row from the start of one storage."""
     storage = tensors[0].untyped_storage().data_ptr()
     offset = 0
     for tensor in tensors:
@@ -257,4 +258,4 @@ def _is_chunk(tensors: list[Tensor], spare: int) -> bool:
         if not tensor.is_contiguous():
             return False
         offset += tensor.numel()
-    return tensors[0].untyped_storage().nbytes() >= (offset + spare) * tensors[0].element_size()
+    return True

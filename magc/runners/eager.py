@@ -74,19 +74,38 @@ class EagerRunner:
         self._ambient = ambient
 
     # ------------------------------------------------------------------ forward
-    def run(self, first: int, stages: Sequence[Stage], inputs: CellInputs, *, loss: bool = True) -> CellOutputs:
+    def run(
+        self,
+        first: int,
+        stages: Sequence[Stage],
+        inputs: CellInputs,
+        *,
+        loss: bool = True,
+        frozen: Sequence[nn.Parameter] | None = None,
+    ) -> CellOutputs:
         """Run without recording.
 
         Args:
             first: index of the cell's first layer, by which the stack remembers what it learns about the group.
             stages: the cell's stages.
-            inputs: what it runs on; never written into.
+            inputs: what it runs on, without a gradient history; never written into.
             loss: whether to run the head, where the cell has one; without it ``y`` is the head's input.
+            frozen: stand for the stack's parameters and need no gradient; given when grad mode was on in the forward.
+                The cell then runs in grad mode, as it will when it is recorded: some kernels round differently without
+                (oneDNN's LSTM), and a graph that is made all the same betrays a parameter that magc does not know.
+
+        Raises:
+            LayerContractError: as `record`.
         """
         if not loss:
             stages = [stage for stage in stages if stage.kind is not StageKind.HEAD]
-        with torch.no_grad():
-            return self._call(first, stages, inputs)
+        if frozen is None:
+            with torch.no_grad():
+                return self._call(first, stages, inputs)
+        with torch.enable_grad(), swapped(stages, frozen):
+            outputs = self._call(first, stages, inputs)
+        _refuse_unknown_leaves(stages, outputs, ())
+        return outputs
 
     def record(
         self,
@@ -151,7 +170,8 @@ class EagerRunner:
 
     # ------------------------------------------------------------------ the stages
     def _call(self, first: int, stages: Sequence[Stage], inputs: CellInputs) -> CellOutputs:
-        writes_input = self._stack.memory.writes_input.get(first)
+        key = (first, len(stages))
+        writes_input = self._stack.memory.writes_input.get(key)
         x_flat = inputs.x
         if writes_input is not False:
             # Until the group is known to leave its input alone it works on a copy: the input is a checkpoint, or the
@@ -163,7 +183,7 @@ class EagerRunner:
             leaf is not None and before != version(leaf) for leaf, before in zip(x_flat.leaves, versions, strict=True)
         )
         if writes_input is None:
-            self._stack.memory.writes_input[first] = wrote
+            self._stack.memory.writes_input[key] = wrote
         elif wrote and not writes_input:
             raise LayerContractError(
                 f"{stages[0].name} wrote into its input although it did not when it was first run, so a checkpoint may "
@@ -182,9 +202,15 @@ class EagerRunner:
                 elif stage.kind is StageKind.HEAD:
                     x = _call_head(stage, x, inputs.targets)
                 else:
+                    state = next(states)
+                    if state is not None and stage.name not in self._stack.memory.keeps_state:
+                        # It is a checkpoint, or the caller's own: an error alone would come too late for it.
+                        state = state.map(Tensor.clone)
                     x, new_state = call_layer(
-                        stage.name, stage.call, x, next(states), inputs.side, stateless_layer=stage.stateless
+                        stage.name, stage.call, x, state, inputs.side, stateless_layer=stage.stateless
                     )
+                    if state is not None:
+                        self._stack.memory.keeps_state.add(stage.name)
                     new_states.append(new_state)
             _refuse_written_buffers(stage, watched)
             self._stack.memory.keeps_buffers.add(stage.name)

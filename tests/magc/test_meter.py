@@ -128,7 +128,7 @@ def test_only_its_own_device_is_counted() -> None:
 
 
 def test_linear_layers_with_backward() -> None:
-    """``n`` square layers keep ``n`` inputs; the backward adds gradients of weights and of two activations."""
+    """``n`` square layers keep ``n`` inputs; the backward adds the gradients."""
     n, d = 5, 16
     layers = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in range(n)))
     x = torch.ones(d, d, requires_grad=True)
@@ -285,7 +285,7 @@ def test_random_programs_agree_with_a_count_of_all_held_storages(seed: int) -> N
         lambda t: torch.empty(0).resize_(rng.randint(1, 99)).fill_(1),
         lambda t: torch.add(t, 1, out=torch.empty(0)),
         lambda t: t.to(rng.choice([torch.float64, torch.bool, torch.float32])).float(),
-        lambda t: nn.functional.linear(t, torch.ones(3, t.numel())),
+        lambda t: nn.functional.linear(t.double(), torch.ones(3, t.numel(), dtype=torch.float64)),
     ]
     with MemoryMeter("cpu") as meter:
         held = [torch.ones(7)]

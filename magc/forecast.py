@@ -1,0 +1,69 @@
+"""What the planner predicts for a plan, and the figures behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from magc.cost import CostModel
+from magc.estimate import Estimate, schedule_of
+from magc.schedule import Schedule
+from magc.simulate import Simulation, simulate
+
+if TYPE_CHECKING:
+    from magc.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan and its estimate."""
+
+    plan: Plan
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Prediction for one plan on one stack and sequence length.
+
+    Attributes:
+        costs: the measured cost model.
+        seq_len: tokens.
+        lowest_layer: the lowest layer that needs a gradient.
+        estimate: predicted peak bytes, their terms, seconds.
+        budget: the device budget in bytes, None if the plan was not made for one.
+        host_budget: the host budget in bytes.
+        disk: whether checkpoints were allowed on disk.
+    """
+
+    costs: CostModel
+    seq_len: int
+    lowest_layer: int
+    estimate: Estimate
+    budget: int | None = None
+    host_budget: int = 0
+    disk: bool = False
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak on the device, beyond what is allocated when the call starts."""
+        return self.estimate.peak_bytes
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predicted throughput of forward and backward, for each sequence of the batch."""
+        return self.seq_len / self.estimate.seconds if self.estimate.seconds else float("inf")
+
+    def schedule(self, plan: Plan) -> Schedule:
+        """The plan's schedule."""
+        return schedule_of(plan, self.costs, self.seq_len, self.lowest_layer)
+
+    def simulate(self, plan: Plan, *, timeline: bool = False) -> Simulation:
+        """Carry the plan's schedule out on paper, action by action."""
+        return simulate(self.schedule(plan), self.costs, timeline=timeline)
+
+    def explain(self, plan: Plan) -> str:
+        """The prediction as text."""
+        from magc.report import explain
+
+        return explain(plan, self)
