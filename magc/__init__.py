@@ -3,8 +3,21 @@
 from magc.ambient import is_recomputing
 from magc.checkpoint import GridCheckpoint, grid_checkpoint
 from magc.contract import stateless
+from magc.meter import MemoryMeter
 from magc.plan import Plan
+from magc.planning import forecast, plan
 from magc.source import Segmented
 from magc.tiers import Tier
 
-__all__ = ["GridCheckpoint", "Plan", "Segmented", "Tier", "grid_checkpoint", "is_recomputing", "stateless"]
+__all__ = [
+    "GridCheckpoint",
+    "MemoryMeter",
+    "Plan",
+    "Segmented",
+    "Tier",
+    "forecast",
+    "grid_checkpoint",
+    "is_recomputing",
+    "plan",
+    "stateless",
+]

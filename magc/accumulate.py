@@ -68,11 +68,6 @@ def make_proxies(params: Sequence[nn.Parameter], sink: GradSink) -> list[nn.Para
     return proxies
 
 
-def make_frozen(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Stand-ins that share the parameters' memory and need no gradient."""
-    return [nn.Parameter(param.detach(), requires_grad=False) for param in params]
-
-
 def _hand_over(index: int, sink: GradSink):
     def hook(proxy: Tensor) -> None:
         grad, proxy.grad = proxy.grad, None

@@ -204,7 +204,7 @@ class GridCheckpoint(nn.Module):
         """The given plan, or the planner's: measured once per input shape, parameter set and mode."""
         if self.plan is not None:
             return _resolve(self.plan, request)
-        from magc.planner import plan_request
+        from magc.planning import plan_request
 
         key = _shape_key(request)
         if key not in self._plans:

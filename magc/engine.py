@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from magc.accumulate import GradAccumulator, make_frozen, make_proxies
+from magc.accumulate import GradAccumulator, make_proxies
 from magc.ambient import Ambient, RngState, RngTape, recomputing
 from magc.collect import GradInput, LossOutput, OutputCollector, TokenOutput
 from magc.errors import LayerContractError, RecomputeError
@@ -95,8 +95,7 @@ class Execution:
         self._store = CheckpointStore(request.device, request.disk_dir)
         self._initial = tuple(None if state is None else state.map(Tensor.detach) for state in request.states)
         self._accumulator = GradAccumulator(request.stack.params, request.accumulate, self._single_use())
-        self._proxies: list[nn.Parameter] = []
-        self._frozen = make_frozen(request.stack.params) if request.grad else None
+        self._proxies: list[nn.Parameter] | None = None
         self._borders: dict[tuple[int, int], Flat] = {}
         self._states: dict[tuple[int, int], tuple[Flat | None, ...]] = {}
         self._specs: dict[int, Flat] = {}
@@ -129,7 +128,7 @@ class Execution:
         self._y = (
             TokenOutput(self._grid, request.stack, request.inputs) if request.stack.head is None else LossOutput()
         )
-        if self._schedule.lowest < self._grid.groups:
+        if request.grad:
             self._proxies = make_proxies(request.stack.params, self._accumulator)
         self._do(self._schedule.forward())
         states: list[Flat] = []
@@ -218,7 +217,7 @@ class Execution:
         self._store.close()
         for held in (self._borders, self._states, self._tapes, self._grad_border, self._grad_states):
             held.clear()
-        self._proxies = []
+        self._proxies = None
         self._grad_x = None
 
     def _do(self, actions: Iterable[Action]) -> None:
@@ -297,12 +296,13 @@ class Execution:
         self._set_rng(group, segment)
         inputs = self._take_inputs(group, segment, loss=self._first_pass)
         outputs = self._runner.run(
-            self._bounds[group][0], self._groups[group], inputs, loss=self._first_pass, frozen=self._frozen
+            self._bounds[group][0], self._groups[group], inputs, loss=self._first_pass, proxies=self._proxies
         )
         self._give_outputs(group, segment, outputs)
 
     def _record(self, group: int, segment: int) -> None:
         self._set_rng(group, segment)
+        assert self._proxies is not None
         inputs = self._take_inputs(group, segment, loss=True)
         tape = self._runner.record(
             self._bounds[group][0], self._groups[group], inputs, self._needs(group, segment, inputs), self._proxies

@@ -102,13 +102,13 @@ class StackMemory:
     Attributes:
         writes_input: (first layer, number of stages) of a group -> whether it writes into its input (then it gets a copy).
         keeps_state: names of layers that were seen not to write into the state they are given.
-        verified: (first layer, number of stages) of groups whose recorded graph was searched for unknown parameters.
+        verified: names of stages whose graph was searched for unknown parameters.
         keeps_buffers: names of stages that were seen not to change their buffers.
     """
 
     writes_input: dict[tuple[int, int], bool] = field(default_factory=dict[tuple[int, int], bool])
     keeps_state: set[str] = field(default_factory=set[str])
-    verified: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
+    verified: set[str] = field(default_factory=set[str])
     keeps_buffers: set[str] = field(default_factory=set[str])
 
 

@@ -81,7 +81,7 @@ class EagerRunner:
         inputs: CellInputs,
         *,
         loss: bool = True,
-        frozen: Sequence[nn.Parameter] | None = None,
+        proxies: Sequence[nn.Parameter] | None = None,
     ) -> CellOutputs:
         """Run without recording.
 
@@ -90,22 +90,20 @@ class EagerRunner:
             stages: the cell's stages.
             inputs: what it runs on, without a gradient history; never written into.
             loss: whether to run the head, where the cell has one; without it ``y`` is the head's input.
-            frozen: stand for the stack's parameters and need no gradient; given when grad mode was on in the forward.
-                The cell then runs in grad mode, as it will when it is recorded: some kernels round differently without
-                (oneDNN's LSTM), and a graph that is made all the same betrays a parameter that magc does not know.
+            proxies: leaves standing for the stack's parameters. With them every stage is called as `record` calls it, in
+                grad mode, and its graph dropped before the next stage runs: some operators round differently without
+                (oneDNN's LSTM), and the recorded values must have the same bits. None: without grad mode.
 
         Raises:
             LayerContractError: as `record`.
         """
         if not loss:
             stages = [stage for stage in stages if stage.kind is not StageKind.HEAD]
-        if frozen is None:
+        if proxies is None:
             with torch.no_grad():
                 return self._call(first, stages, inputs)
-        with torch.enable_grad(), swapped(stages, frozen):
-            outputs = self._call(first, stages, inputs)
-        _refuse_unknown_leaves(stages, outputs, ())
-        return outputs
+        with torch.enable_grad(), swapped(stages, proxies):
+            return self._call(first, stages, inputs, cut=proxies)
 
     def record(
         self,
@@ -141,10 +139,7 @@ class EagerRunner:
         )
         with torch.enable_grad(), swapped(stages, proxies):
             outputs = self._call(first, stages, leaves)
-        key = (first, len(stages))
-        if key not in self._stack.memory.verified:
-            _refuse_unknown_leaves(stages, outputs, [*x, *(leaf for state in states for leaf in state), *proxies])
-            self._stack.memory.verified.add(key)
+        self._verify(stages, outputs, [*x, *(leaf for state in states for leaf in state), *proxies])
         return Tape(x, states, outputs)
 
     # ------------------------------------------------------------------ backward
@@ -169,7 +164,16 @@ class EagerRunner:
         )
 
     # ------------------------------------------------------------------ the stages
-    def _call(self, first: int, stages: Sequence[Stage], inputs: CellInputs) -> CellOutputs:
+    def _verify(self, stages: Sequence[Stage], outputs: CellOutputs, known: Sequence[Tensor | None]) -> None:
+        """Search the graph of these stages for unknown parameters, unless it was searched before."""
+        names = {stage.name for stage in stages}
+        if not names <= self._stack.memory.verified:
+            _refuse_unknown_leaves(stages, outputs, known)
+            self._stack.memory.verified |= names
+
+    def _call(
+        self, first: int, stages: Sequence[Stage], inputs: CellInputs, cut: Sequence[nn.Parameter] | None = None
+    ) -> CellOutputs:
         key = (first, len(stages))
         writes_input = self._stack.memory.writes_input.get(key)
         x_flat = inputs.x
@@ -178,7 +182,7 @@ class EagerRunner:
             # caller's own tensor.
             x_flat = x_flat.map(Tensor.clone)
         versions = [None if leaf is None else version(leaf) for leaf in x_flat.leaves]
-        outputs = self._call_stages(stages, inputs, x_flat.tree())
+        outputs = self._call_stages(stages, inputs, x_flat.tree(), cut)
         wrote = any(
             leaf is not None and before != version(leaf) for leaf, before in zip(x_flat.leaves, versions, strict=True)
         )
@@ -191,7 +195,10 @@ class EagerRunner:
             )
         return outputs
 
-    def _call_stages(self, stages: Sequence[Stage], inputs: CellInputs, x: PyTree) -> CellOutputs:
+    def _call_stages(
+        self, stages: Sequence[Stage], inputs: CellInputs, x: PyTree, cut: Sequence[nn.Parameter] | None
+    ) -> CellOutputs:
+        """Call stages in a row; with ``cut``, which are its leaves, each stage's graph is let go of at once."""
         new_states: list[Flat] = []
         states = iter(inputs.states)
         for stage in stages:
@@ -212,6 +219,12 @@ class EagerRunner:
                     if state is not None:
                         self._stack.memory.keeps_state.add(stage.name)
                     new_states.append(new_state)
+            if cut is not None:
+                y = flatten("the output of the layers", x)
+                made = new_states[-1:] if stage.kind is StageKind.LAYER else []
+                self._verify((stage,), CellOutputs(y, tuple(made)), cut)
+                x = y.map(Tensor.detach).tree()
+                new_states[len(new_states) - len(made) :] = [state.map(Tensor.detach) for state in made]
             _refuse_written_buffers(stage, watched)
             self._stack.memory.keeps_buffers.add(stage.name)
             self._ambient.forget_casts()

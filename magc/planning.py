@@ -1,0 +1,149 @@
+"""Plan for the user's own layers: measure them on an example, then decide within budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from magc.checkpoint import make_request, make_schedule
+from magc.cost import CostModel
+from magc.engine import Request
+from magc.errors import InputError
+from magc.estimate import estimate
+from magc.forecast import Forecast
+from magc.plan import Plan
+from magc.planner import Planner
+from magc.profile import profile, sample_lengths
+from magc.stack import build_stack
+from magc.tree import PyTree
+from magc.units import parse_bytes
+
+Layer = Callable[..., Any]
+Progress = Callable[[str], None]
+
+
+def plan(
+    layers: Sequence[Layer],
+    example: PyTree,
+    seq_len: int | None = None,
+    *,
+    budget: int | str,
+    host_budget: int | str | None = None,
+    disk: bool = False,
+    stem: Layer | None = None,
+    head: Layer | None = None,
+    targets: PyTree = None,
+    seq_dim: int = 1,
+    accumulate: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+    **side: PyTree,
+) -> Plan:
+    """The fastest plan for training ``layers`` within a memory budget.
+
+    Args:
+        layers: ``y, new_state = layer(x, state, **side)``, in the training mode, dtype and device they will train in.
+        example: an input with the right batch size and any length, a few hundred tokens or more (longer segments are
+            extrapolated); ``requires_grad`` as in training. With a stem, the stem's input.
+        seq_len: tokens to plan for; None is the example's length.
+        budget: device memory of one forward and backward beyond what is allocated before (see `GridCheckpoint`).
+        host_budget: host memory for offloaded checkpoints; None for none.
+        disk: whether checkpoints may go to disk.
+        stem: as in `GridCheckpoint.loss`.
+        head: as in `GridCheckpoint.loss`; give ``targets`` for the example with it.
+        targets: the example's targets.
+        seq_dim: the sequence axis.
+        accumulate: dtype in which parameter gradients are summed over cells.
+        progress: told what is being measured.
+        side: per-token inputs of the layers, for the example.
+
+    Returns:
+        The plan, with its forecast: ``print(plan)``, ``plan.explain()``, ``plan.plot(path)``.
+
+    Raises:
+        BudgetError: nothing fits; says the smallest budget that would.
+        InputError, LayerContractError: as for a call.
+    """
+    request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate)
+    return _plan(request, seq_len or request.inputs.length, parse_bytes(budget), _host(host_budget), disk, progress)
+
+
+def forecast(
+    given: Plan,
+    layers: Sequence[Layer],
+    example: PyTree,
+    seq_len: int | None = None,
+    *,
+    stem: Layer | None = None,
+    head: Layer | None = None,
+    targets: PyTree = None,
+    seq_dim: int = 1,
+    accumulate: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+    **side: PyTree,
+) -> Plan:
+    """A plan of your own, with a prediction of its memory and time on your layers.
+
+    The layers are measured at the plan's own segment lengths where the example is long enough. Arguments as in `plan`.
+
+    Returns:
+        The plan with a forecast.
+
+    Raises:
+        PlanError: the plan does not fit the layers or the length.
+    """
+    request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate)
+    length = seq_len or request.inputs.length
+    axis = given.grid(len(layers), length).tokens
+    wanted = {axis.part_length(0), axis.part_length(axis.parts - 1)}
+    if isinstance(axis.size, tuple):
+        wanted = set(axis.size)
+    lengths = {tokens for tokens in wanted if tokens <= request.inputs.length}
+    if lengths != wanted:
+        lengths |= set(sample_lengths(request.inputs.length, request.device))
+    costs = profile(request, sorted(lengths), progress=progress)
+    return with_forecast(given, costs, length, lowest_layer(request))
+
+
+def with_forecast(given: Plan, costs: CostModel, seq_len: int, lowest: int = 0) -> Plan:
+    """A plan with the prediction of a cost model."""
+    return given.with_forecast(Forecast(costs, seq_len, lowest, estimate(given, costs, seq_len, lowest)))
+
+
+def plan_request(request: Request, *, budget: int, host_budget: int | None, use_disk: bool) -> Plan:
+    """A plan for one call, measured on its own inputs (`GridCheckpoint` without a plan)."""
+    return _plan(request, request.inputs.length, budget, host_budget or 0, use_disk, None)
+
+
+def lowest_layer(request: Request) -> int:
+    """The lowest layer that needs a gradient; 0 also when the input or the stem does."""
+    with torch.enable_grad():
+        return min(make_schedule(request, Plan(layers=1)).lowest, len(request.stack.layers) - 1)
+
+
+def _plan(request: Request, seq_len: int, budget: int, host: int, disk: bool, progress: Progress | None) -> Plan:
+    if seq_len < 1:
+        raise InputError(f"seq_len={seq_len}: a sequence has at least one token")
+    costs = profile(request, limit_bytes=budget, progress=progress)
+    planner = Planner(costs, seq_len, lowest_layer=lowest_layer(request), host=host > 0, disk=disk)
+    return planner.plan(budget, host)
+
+
+def _host(host_budget: int | str | None) -> int:
+    return 0 if host_budget is None else parse_bytes(host_budget)
+
+
+def _example_request(
+    layers: Sequence[Layer],
+    example: PyTree,
+    side: dict[str, PyTree],
+    stem: Layer | None,
+    head: Layer | None,
+    targets: PyTree,
+    seq_dim: int,
+    accumulate: torch.dtype,
+) -> Request:
+    stack = build_stack(layers, stem=stem, head=head, seq_dim=seq_dim)
+    with torch.enable_grad():
+        return make_request(stack, example, None, side, targets=targets, accumulate=accumulate)
