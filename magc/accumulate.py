@@ -63,7 +63,7 @@ def make_proxies(params: Sequence[nn.Parameter], sink: GradSink) -> list[nn.Para
     proxies: list[nn.Parameter] = []
     for index, param in enumerate(params):
         proxy = nn.Parameter(param.detach(), requires_grad=True)
-        proxy.register_post_accumulate_grad_hook(_hand_over(index, sink))
+        proxy.register_post_accumulate_grad_hook(_hand_over(index, sink))  # pyright: ignore[reportUnknownMemberType]
         proxies.append(proxy)
     return proxies
 

@@ -7,7 +7,7 @@ which pass it is in.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ def is_recomputing() -> bool:
 
 
 @contextmanager
-def recomputing() -> Iterator[None]:
+def recomputing() -> Generator[None]:
     """Mark the calling thread as recomputing."""
     before, _PASS.recomputing = _PASS.recomputing, True
     try:
@@ -47,7 +47,10 @@ class RngState:
     @classmethod
     def capture(cls, device: torch.device) -> RngState:
         """The states now."""
-        return cls(torch.get_rng_state(), None if device.type in ("cpu", "meta") else _module(device).get_rng_state(device))
+        return cls(
+            torch.get_rng_state(),
+            None if device.type in ("cpu", "meta") else _module(device).get_rng_state(device),
+        )
 
     def restore(self, device: torch.device) -> None:
         """Make the generators continue from here."""
@@ -103,7 +106,10 @@ class Ambient:
         types = dict.fromkeys((device.type, "cpu")) if device.type != "meta" else {"cpu": None}
         return cls(
             tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in types),
-            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+            (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            ),
         )
 
     @property
@@ -112,9 +118,12 @@ class Ambient:
         return any(enabled for _, enabled, _ in self.autocast)
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> Generator[None]:
         """Run a block under these settings."""
-        now = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        now = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
         with ExitStack() as stack:
             for kind, enabled, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))

@@ -82,7 +82,9 @@ class GridCheckpoint(nn.Module):
         self._memories: dict[tuple[bool, ...], StackMemory] = {}
         self._plans: dict[object, Plan] = {}
 
-    def forward(self, x: PyTree, state: Sequence[PyTree] | None = None, **side: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
+    def forward(
+        self, x: PyTree, state: Sequence[PyTree] | None = None, **side: PyTree
+    ) -> tuple[PyTree, tuple[PyTree, ...]]:
         """Run the layers over a sequence; under ``torch.no_grad`` nothing is kept (prefill, streaming).
 
         Args:
@@ -341,14 +343,27 @@ def make_request(
     if check_finite:
         _refuse_nonfinite(inputs, states)
     grad = torch.is_grad_enabled()
-    needs_x = tuple(grad and leaf is not None and leaf.requires_grad and is_differentiable(leaf) for leaf in inputs.flat.leaves)
+    needs_x = tuple(
+        grad and leaf is not None and leaf.requires_grad and is_differentiable(leaf) for leaf in inputs.flat.leaves
+    )
     needs_states = tuple(
         () if flat is None else tuple(grad and leaf is not None and leaf.requires_grad for leaf in flat.leaves)
         for flat in states
     )
 
     return Request(
-        stack, inputs, sides, wanted, states, needs_x, needs_states, device, accumulate, disk_dir, observer, grad
+        stack,
+        inputs,
+        sides,
+        wanted,
+        states,
+        needs_x,
+        needs_states,
+        device,
+        accumulate,
+        disk_dir,
+        observer,
+        grad,
     )
 
 
@@ -432,7 +447,9 @@ def _refuse_nonfinite(inputs: SegmentSource, states: Sequence[Flat | None]) -> N
 
 def _shape_key(request: Request) -> object:
     def shape(source: SegmentSource) -> object:
-        return tuple(None if leaf is None else (leaf.shape, leaf.dtype, leaf.requires_grad) for leaf in source.flat.leaves)
+        return tuple(
+            None if leaf is None else (leaf.shape, leaf.dtype, leaf.requires_grad) for leaf in source.flat.leaves
+        )
 
     return (
         request.inputs.length,

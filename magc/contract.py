@@ -7,7 +7,7 @@ running the whole sequence at once. States are values: a layer returns a new one
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -41,7 +41,8 @@ def stateless(module: Callable[..., Any]) -> Stateless:
 
 def is_stateless(layer: object) -> bool:
     """Whether a layer says that it has no state."""
-    return isinstance(layer, Stateless)
+    # torch.compile wraps a module in one that keeps it under this name.
+    return isinstance(getattr(layer, "_orig_mod", layer), Stateless)
 
 
 def call_layer(
@@ -71,14 +72,15 @@ def call_layer(
         LayerContractError: the layer returned something else than a pair, wrote into its state, or dropped it.
     """
     versions = None if state is None else [None if t is None else version(t) for t in state.leaves]
-    result = call(x, None if state is None else state.tree(), **side)
-    if not isinstance(result, tuple) or len(result) != 2:
-        got = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+    result: object = call(x, None if state is None else state.tree(), **side)
+    pair = cast(tuple[object, ...], result) if isinstance(result, tuple) else ()
+    if len(pair) != 2:
+        got = f"a tuple of {len(pair)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
         raise LayerContractError(
             f"{name} returned {got}, but a layer returns (y, new_state). Return the state to resume from; if the layer "
             f"treats every token on its own, wrap it with magc.stateless(layer)"
         )
-    y, new_tree = result
+    y, new_tree = pair
     if state is not None and versions is not None:
         for leaf, before, path in zip(state.leaves, versions, state.paths(), strict=True):
             if leaf is not None and before != version(leaf):
@@ -116,7 +118,9 @@ def _require_same_form(name: str, given: Flat, returned: Flat) -> None:
         )
     for path, old, new in zip(given.paths(), given.leaves, returned.leaves, strict=True):
         if (old is None) != (new is None) or (
-            old is not None and new is not None and (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device)
+            old is not None
+            and new is not None
+            and (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device)
         ):
             raise LayerContractError(
                 f"{name} was given state{path} as {describe(old)} but returned it as {describe(new)}; shape, dtype and "

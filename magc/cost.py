@@ -148,8 +148,12 @@ class CostModel:
     host_is_device: bool = True
     bandwidths: Bandwidths = Bandwidths()
     longest_sample: int = 0
-    _samples: dict[tuple[int, int], StageSample] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _cells: dict[tuple[object, ...], CellCost] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _samples: dict[tuple[int, int], StageSample] = field(
+        default_factory=dict[tuple[int, int], StageSample], init=False, repr=False, compare=False
+    )
+    _cells: dict[tuple[object, ...], CellCost] = field(
+        default_factory=dict[tuple[object, ...], CellCost], init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Check that there is something to model."""

@@ -26,9 +26,7 @@ class CheckpointDirectory:
     def __init__(self, parent: str | os.PathLike[str] | None) -> None:
         self.parent = Path(tempfile.gettempdir() if parent is None else parent)
         if not self.parent.is_dir():
-            raise StoreError(
-                f"disk_dir {str(self.parent)!r} is no existing directory: make it, or pass another."
-            )
+            raise StoreError(f"disk_dir {str(self.parent)!r} is no existing directory: make it, or pass another.")
         self._path: Path | None = None
         self._files = 0
         self._owner = os.getpid()

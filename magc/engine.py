@@ -125,9 +125,7 @@ class Execution:
             LayerContractError, InputError, StoreError: as they occur; what was stored is removed.
         """
         request = self._request
-        self._y = (
-            TokenOutput(self._grid, request.stack, request.inputs) if request.stack.head is None else LossOutput()
-        )
+        self._y = TokenOutput(self._grid, request.stack, request.inputs) if request.stack.head is None else LossOutput()
         if request.grad:
             self._proxies = make_proxies(request.stack.params, self._accumulator)
         self._do(self._schedule.forward())
@@ -287,9 +285,7 @@ class Execution:
             self._y.add(self._grid.tokens.bounds(segment), outputs.y)
         states = tuple(state.map(Tensor.detach) for state in outputs.states)
         self._states[group, segment + 1] = states
-        self._state_specs.setdefault(
-            group, tuple(state.with_leaves([None] * len(state.leaves)) for state in states)
-        )
+        self._state_specs.setdefault(group, tuple(state.with_leaves([None] * len(state.leaves)) for state in states))
 
     # ------------------------------------------------------------------ cells
     def _run(self, group: int, segment: int) -> None:
@@ -305,7 +301,11 @@ class Execution:
         assert self._proxies is not None
         inputs = self._take_inputs(group, segment, loss=True)
         tape = self._runner.record(
-            self._bounds[group][0], self._groups[group], inputs, self._needs(group, segment, inputs), self._proxies
+            self._bounds[group][0],
+            self._groups[group],
+            inputs,
+            self._needs(group, segment, inputs),
+            self._proxies,
         )
         self._tapes[group, segment] = tape
         if self._first_pass:

@@ -130,7 +130,7 @@ class _Phases:
 
     def stretch(self, full: Schedule, more_run: int, more_kept: int) -> None:
         """Add what the columns that were left out add to each phase."""
-        costs, plan = self._costs, full.plan
+        costs = self._costs
         cells = _cells(full, costs, full.grid.tokens.part_length(0))
         run = [0] * len(_TERMS)
         short_of_snapshots = self._schedule is not full

@@ -34,6 +34,7 @@ class Forecast:
         budget: the device budget in bytes, None if the plan was not made for one.
         host_budget: the host budget in bytes.
         disk: whether checkpoints were allowed on disk.
+        notes: what else to know of the numbers: the runner, the implementation behind the layers, how times were had.
     """
 
     costs: CostModel
@@ -43,6 +44,7 @@ class Forecast:
     budget: int | None = None
     host_budget: int = 0
     disk: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:

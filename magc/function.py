@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ class _Grid(torch.autograd.Function):
     """Inputs: the tensors of x, of the initial states, then the parameters. Outputs: those of y, then of final states."""
 
     @staticmethod
-    def forward(ctx: Any, request: Request, schedule: Schedule, forms: list[Flat], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, request: Request, schedule: Schedule, forms: list[Flat], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         execution = Execution(request, schedule)
         result = execution.forward()
         ctx.execution, ctx.request = execution, request
@@ -82,11 +85,8 @@ def apply_grid(request: Request, schedule: Schedule) -> ForwardResult:
                 execution.close()
     forms: list[Flat] = []
     states = [tensor for state in request.states if state is not None for tensor in state.tensors]
-    outputs: tuple[Tensor, ...] = _Grid.apply(  # pyright: ignore[reportAssignmentType]
-        request, schedule, forms, *request.inputs.flat.tensors, *states, *request.stack.params
-    )
+    apply = cast(Callable[..., tuple[Tensor, ...]], _Grid.apply)  # pyright: ignore[reportUnknownMemberType]
+    outputs = apply(request, schedule, forms, *request.inputs.flat.tensors, *states, *request.stack.params)
     dealt = _split([_mask(form) for form in forms], outputs)
     flats = [form.with_leaves(leaves) for form, leaves in zip(forms, dealt, strict=True)]
     return ForwardResult(flats[0], tuple(flats[1:]))
-
-

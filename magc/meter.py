@@ -55,9 +55,7 @@ class MemoryMeter:
         self._counter: _Counter
         if self.device.type == "cuda":
             if not torch.cuda.is_available():
-                raise InputError(
-                    f"cannot measure {str(device)!r}: no CUDA device is available. Use 'cpu' or 'meta'."
-                )
+                raise InputError(f"cannot measure {str(device)!r}: no CUDA device is available. Use 'cpu' or 'meta'.")
             if self.device == torch.device("cuda"):
                 self.device = torch.device("cuda", torch.cuda.current_device())
             self._counter = _AllocatorCounter(self.device)

@@ -155,9 +155,7 @@ def choose(num_layers: int, seq_len: int, costs: PaperCosts) -> tuple[int, int]:
 
 def _check(num_layers: int, seq_len: int) -> None:
     if num_layers < 1 or seq_len < 1:
-        raise PlanError(
-            f"need at least one layer and one token, got {num_layers} layers and {seq_len} tokens."
-        )
+        raise PlanError(f"need at least one layer and one token, got {num_layers} layers and {seq_len} tokens.")
 
 
 PAPER_TABLE_3: Mapping[str, Mapping[str, tuple[float, ...]]] = {

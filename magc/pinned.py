@@ -125,9 +125,7 @@ class PinnedBlock:
     """A part of a slab, with the last copy to or from it on each stream."""
 
     memory: Tensor
-    uses: dict[torch.cuda.Stream, torch.cuda.Event] = field(
-        default_factory=dict[torch.cuda.Stream, torch.cuda.Event]
-    )
+    uses: dict[torch.cuda.Stream, torch.cuda.Event] = field(default_factory=dict[torch.cuda.Stream, torch.cuda.Event])
 
 
 def indexed(device: torch.device) -> torch.device:

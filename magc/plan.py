@@ -54,10 +54,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check every field on its own; the fit to a stack is checked by `grid`."""
-        for name in ("layers", "tokens"):
-            value = getattr(self, name)
-            sizes = value if isinstance(value, tuple) else (value,) if value is not None else ()
-            if value == () or any(type(size) is not int or size < 1 for size in sizes):
+        for name, value in (("layers", self.layers), ("tokens", self.tokens)):
+            sizes: tuple[object, ...] = value if isinstance(value, tuple) else () if value is None else (value,)
+            if value == () or not all(type(size) is int and size >= 1 for size in sizes):
                 raise PlanError(f"Plan({name}={value!r}): give a positive int, a tuple of positive ints, or None")
         object.__setattr__(self, "states", _tier("states", self.states))
         if self.borders != REBUILD:
@@ -80,7 +79,7 @@ class Plan:
 
     @classmethod
     def sqrt(cls, n_layers: int) -> Plan:
-        """Groups of about sqrt(L) layers (Chen et al. 2016)."""
+        """Groups of about as many layers as there are groups (Chen et al. 2016)."""
         return cls(layers=max(1, round(math.sqrt(n_layers))))
 
     @classmethod
@@ -90,11 +89,14 @@ class Plan:
 
     @classmethod
     def multi_axis(cls, n_layers: int, seq_len: int, costs: PaperCosts | None = None) -> Plan:
-        """The paper's choice of cell size: Eq. 5-8 with unit constants, or the minimum of Eq. 12-16 with ``costs``."""
+        """Cells of the paper's size: Eq. 5-8 with unit constants, or the minimum of Eq. 12-16 with ``costs``."""
         from magc import paper
 
-        layers, tokens = paper.unit_optimum(n_layers, seq_len) if costs is None else paper.choose(n_layers, seq_len, costs)
-        return cls(layers=max(1, round(layers)), tokens=max(1, round(tokens)))
+        if costs is not None:
+            layers, tokens = paper.choose(n_layers, seq_len, costs)
+            return cls(layers=layers, tokens=tokens)
+        best = paper.unit_optimum(n_layers, seq_len)
+        return cls(layers=max(1, round(best.layers)), tokens=max(1, round(best.tokens)))
 
     # ------------------------------------------------------------------ use
     def grid(self, n_layers: int, seq_len: int) -> Grid:
@@ -122,7 +124,12 @@ class Plan:
         layers = "all" if self.layers is None else str(self.layers)
         tokens = "all" if self.tokens is None else str(self.tokens)
         kept = "all cells kept" if self.keep == ALL else f"{self.keep} cell{'s' if self.keep > 1 else ''} kept"
-        parts = [f"{layers} layers x {tokens} tokens", f"borders {self.borders}", f"states {self.states}", kept]
+        parts = [
+            f"{layers} layers x {tokens} tokens",
+            f"borders {self.borders}",
+            f"states {self.states}",
+            kept,
+        ]
         if self.snapshots is not None:
             parts.append(f"{self.snapshots} state snapshots")
         return ", ".join(parts)

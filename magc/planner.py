@@ -102,7 +102,13 @@ class Planner:
     def _with_forecast(self, plan: Plan, found: Estimate, budgets: Budgets) -> Plan:
         return plan.with_forecast(
             Forecast(
-                self._costs, self._seq_len, self._lowest_layer, found, budgets.device, budgets.host, budgets.disk
+                self._costs,
+                self._seq_len,
+                self._lowest_layer,
+                found,
+                budgets.device,
+                budgets.host,
+                budgets.disk,
             )
         )
 

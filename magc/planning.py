@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from magc.forecast import Forecast
 from magc.plan import Plan
 from magc.planner import Planner
 from magc.profile import profile, sample_lengths
-from magc.stack import build_stack
+from magc.stack import Stage, build_stack
 from magc.tree import PyTree
 from magc.units import parse_bytes
 
@@ -103,12 +105,36 @@ def forecast(
     if lengths != wanted:
         lengths |= set(sample_lengths(request.inputs.length, request.device))
     costs = profile(request, sorted(lengths), progress=progress)
-    return with_forecast(given, costs, length, lowest_layer(request))
+    return with_forecast(given, costs, length, lowest_layer(request), notes=stack_notes(request))
 
 
-def with_forecast(given: Plan, costs: CostModel, seq_len: int, lowest: int = 0) -> Plan:
+def with_forecast(given: Plan, costs: CostModel, seq_len: int, lowest: int = 0, *, notes: tuple[str, ...] = ()) -> Plan:
     """A plan with the prediction of a cost model."""
-    return given.with_forecast(Forecast(costs, seq_len, lowest, estimate(given, costs, seq_len, lowest)))
+    found = estimate(given, costs, seq_len, lowest)
+    return given.with_forecast(Forecast(costs, seq_len, lowest, found, notes=notes))
+
+
+def with_notes(given: Plan, notes: tuple[str, ...]) -> Plan:
+    """A plan whose forecast, if it has one, says more of its numbers."""
+    if given.forecast is None:
+        return given
+    return given.with_forecast(replace(given.forecast, notes=(*given.forecast.notes, *notes)))
+
+
+def stack_notes(request: Request) -> tuple[str, ...]:
+    """The runner of a request's cells, and the implementations behind the layers that say which they use."""
+    used = Counter(name for stage in request.stack.layers for name in set(_implementations(stage, request.device)))
+    shown = ", ".join(f"{name!r} in {count} of {len(request.stack.layers)} layers" for name, count in used.items())
+    return ("cells run eagerly", *([f"implementation of magc.nn's operators: {shown}"] if used else []))
+
+
+def _implementations(stage: Stage, device: torch.device) -> Iterator[str]:
+    for module in stage.modules:
+        impl = vars(module).get("impl")
+        if isinstance(impl, str) and type(module).__module__.startswith("magc.nn."):
+            from magc.nn.operators import check_impl, operators
+
+            yield operators(check_impl(impl), device).name
 
 
 def plan_request(request: Request, *, budget: int, host_budget: int | None, use_disk: bool) -> Plan:
@@ -127,7 +153,7 @@ def _plan(request: Request, seq_len: int, budget: int, host: int, disk: bool, pr
         raise InputError(f"seq_len={seq_len}: a sequence has at least one token")
     costs = profile(request, limit_bytes=budget, progress=progress)
     planner = Planner(costs, seq_len, lowest_layer=lowest_layer(request), host=host > 0, disk=disk)
-    return planner.plan(budget, host)
+    return with_notes(planner.plan(budget, host), stack_notes(request))
 
 
 def _host(host_budget: int | str | None) -> int:

@@ -8,7 +8,7 @@ times. Random numbers, gradients and the stack's memory are as before afterwards
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -171,7 +171,9 @@ class _Measurement:
         self._ambient = Ambient.capture(request.device)
         self._runner = EagerRunner(stack, self._ambient)
         self._proxies = make_proxies(stack.params, _Discard())
-        self._side: dict[str, PyTree] = {name: source.segment(0, tokens).tree() for name, source in request.side.items()}
+        self._side: dict[str, PyTree] = {
+            name: source.segment(0, tokens).tree() for name, source in request.side.items()
+        }
         self._targets = None if request.targets is None else request.targets.segment(0, tokens).tree()
         self._tokens = tokens
         self._inputs: list[Flat] = []
@@ -180,15 +182,13 @@ class _Measurement:
         x = request.inputs.segment(0, tokens)
         for index, stage in enumerate(stages):
             # The second run starts from the first one's state, has its shapes settled and nothing left to set up.
-            state = None
-            for _ in range(2):
-                cell = self._cell(stage, x, state)
-                outputs = self._runner.run(self._key(index), (stage,), cell)
-                before, state = state, outputs.states[0] if outputs.states else None
+            first = self._runner.run(self._key(index), (stage,), self._cell(stage, x, None))
+            state = first.states[0] if first.states else None
+            outputs = self._runner.run(self._key(index), (stage,), self._cell(stage, x, state))
             self._inputs.append(x)
-            self._states.append(before if before is not None else None)  # pyright: ignore[reportPossiblyUnbound]
-            self._outputs.append(outputs)  # pyright: ignore[reportPossiblyUnbound]
-            x = outputs.y  # pyright: ignore[reportPossiblyUnbound]
+            self._states.append(state)
+            self._outputs.append(outputs)
+            x = outputs.y
 
     @staticmethod
     def _key(index: int) -> int:
@@ -240,7 +240,12 @@ class _Measurement:
                         made = stage.call(current, self._targets)
                     else:
                         made, new = call_layer(
-                            stage.name, stage.call, current, state, self._side, stateless_layer=stage.stateless
+                            stage.name,
+                            stage.call,
+                            current,
+                            state,
+                            self._side,
+                            stateless_layer=stage.stateless,
                         )
                         outputs.append(new)
                 self._ambient.forget_casts()
@@ -256,9 +261,17 @@ class _Measurement:
         return list(zip(kept, passed, strict=True))
 
     def _alone(self, index: int) -> _Alone:
-        stage, x, state, outputs = self._stages[index], self._inputs[index], self._states[index], self._outputs[index]
+        stage, x, state, outputs = (
+            self._stages[index],
+            self._inputs[index],
+            self._states[index],
+            self._outputs[index],
+        )
         cell = self._cell(stage, x, state)
-        needs = CellNeeds(differentiable_mask(x), () if not cell.states else (() if state is None else differentiable_mask(state),))
+        needs = CellNeeds(
+            differentiable_mask(x),
+            () if not cell.states else (() if state is None else differentiable_mask(state),),
+        )
         grad_y = [_gradient(leaf) for leaf in outputs.y.leaves]
         if stage.kind is StageKind.HEAD:
             grad_y = [*grad_y[:1], *(None for _ in grad_y[1:])]
@@ -297,7 +310,7 @@ class _Measurement:
         return _Alone(run_peak, record_peak, backward_peak, seconds)
 
     @contextmanager
-    def _timed(self) -> Iterator[list[float]]:
+    def _timed(self) -> Generator[list[float]]:
         result: list[float] = []
         if self._device.type == "meta":
             with FlopCounterMode(display=False) as counter:
@@ -326,7 +339,11 @@ def _wait(device: torch.device) -> None:
 
 # ---------------------------------------------------------------------- the model
 def _build(
-    request: Request, stack: Stack, chosen: _Chosen, samples: dict[int, list[StageSample]], state_bytes: list[int]
+    request: Request,
+    stack: Stack,
+    chosen: _Chosen,
+    samples: dict[int, list[StageSample]],
+    state_bytes: list[int],
 ) -> CostModel:
     grads = _grad_bytes(request, stack)
     made: dict[tuple[object, ...], StageCost] = {}
@@ -372,5 +389,3 @@ def _grad_bytes(request: Request, stack: Stack) -> list[tuple[int, int]]:
             seen.add(index)
         rows.append((many, one))
     return rows[::-1]
-
-

@@ -145,9 +145,7 @@ class Schedule:
         positions = self.snapshot_positions()
         stored_borders = self.plan.borders if isinstance(self.plan.borders, Tier) else None
         for segment in range(self.grid.segments):
-            saves_state = 0 < segment <= turning and (
-                positions is None or segment in positions or segment == turning
-            )
+            saves_state = 0 < segment <= turning and (positions is None or segment in positions or segment == turning)
             for group in range(groups):
                 kept = self.keeps(group, segment)
                 # A rebuilt segment runs again from its first group, also where that group's own cell needs no gradient.

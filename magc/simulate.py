@@ -152,13 +152,14 @@ class Ledger:
             self.peak = self.live
             self.breakdown = list(self._terms)
 
-    def _work(self, nbytes: int) -> int:
-        """Note a passing peak; returns its height."""
+    def _work(self, nbytes: int, recorded: int = 0) -> int:
+        """Note a passing peak, up to ``recorded`` bytes of it of activations kept; returns its height."""
         height = self.live + nbytes
         if height > self.peak:
             self.peak = height
             self.breakdown = list(self._terms)
-            self.breakdown[_WORKING] += nbytes
+            self.breakdown[_ACTIVATIONS] += min(nbytes, recorded)
+            self.breakdown[_WORKING] += max(0, nbytes - recorded)
         return height
 
     def _hold(self, key: tuple[Kind, int, int], nbytes: int) -> None:
@@ -313,7 +314,7 @@ class Ledger:
     def _record(self, group: int, segment: int) -> int:
         cell = self._cell(group, segment)
         self._recorded[group, segment] = self._enter(group, segment)
-        height = self._work(cell.record_peak)
+        height = self._work(cell.record_peak, cell.tape_bytes)
         self.seconds += cell.record_seconds
         self._add(_ACTIVATIONS, cell.tape_bytes)
         if self._first_pass:
@@ -323,7 +324,7 @@ class Ledger:
             self._add(_ACTIVATIONS, -cell.state_bytes)
             self._hold(state, cell.state_bytes)
             self._hold(state, cell.state_bytes)
-            outputs = [state]
+            outputs: list[tuple[Kind, int, int]] = [state]
             if group + 1 < self._groups:
                 border = (Kind.BORDER, group + 1, segment)
                 self._live.add(border)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from magc.contract import is_stateless
 from magc.errors import LayerContractError
@@ -136,8 +136,8 @@ def build_stack(
         slots: list[ParamSlot] = []
         if isinstance(call, nn.Module):
             for module in call.modules():
-                for key, param in module._parameters.items():
-                    if param is None or not param.requires_grad:
+                for key, param in module.named_parameters(recurse=False, remove_duplicate=False):
+                    if not param.requires_grad:
                         continue
                     if id(param) not in params:
                         params[id(param)] = len(unique)
@@ -157,17 +157,17 @@ def build_stack(
 
 
 @contextmanager
-def swapped(stages: Sequence[Stage], proxies: Sequence[nn.Parameter]) -> Iterator[None]:
+def swapped(stages: Sequence[Stage], proxies: Sequence[nn.Parameter]) -> Generator[None]:
     """Let the stages' modules hold ``proxies`` instead of their trainable parameters for a while.
 
     A proxy shares its parameter's memory but is a leaf of its own, so that back-propagating one cell neither touches
     ``param.grad`` nor fires hooks that wait for the whole gradient (DDP, optimizers in backward).
     """
-    originals: list[tuple[ParamSlot, nn.Parameter | None]] = []
+    originals: list[tuple[ParamSlot, nn.Parameter]] = []
     try:
         for stage in stages:
             for slot in stage.slots:
-                originals.append((slot, slot.module._parameters[slot.name]))
+                originals.append((slot, getattr(slot.module, slot.name)))
                 _set_parameter(slot, proxies[slot.index])
         yield
     finally:
@@ -176,9 +176,6 @@ def swapped(stages: Sequence[Stage], proxies: Sequence[nn.Parameter]) -> Iterato
             _set_parameter(slot, original)
 
 
-def _set_parameter(slot: ParamSlot, param: nn.Parameter | None) -> None:
-    slot.module._parameters[slot.name] = param
-    if isinstance(slot.module, nn.RNNBase):
-        # torch's RNNs call their kernels with a list of weights that they keep beside the registered parameters.
-        flat_weights: list[Tensor | None] = slot.module._flat_weights
-        flat_weights[slot.module._flat_weights_names.index(slot.name)] = param
+def _set_parameter(slot: ParamSlot, param: nn.Parameter) -> None:
+    # By attribute, not through _parameters: torch's RNNs keep a second list of their weights up to date this way.
+    setattr(slot.module, slot.name, param)

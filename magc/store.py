@@ -21,6 +21,7 @@ from magc.errors import InputError, StoreError
 from magc.pinned import PIECE_BYTES, PinnedBlock, PinnedPool, indexed
 from magc.rawbytes import Layout, allocated, compact, held_bytes, is_plain, laid_out, pieces
 from magc.tiers import Tier
+from magc.tree import describe, version
 
 __all__ = ["CheckpointStore", "PinnedPool"]
 
@@ -65,9 +66,7 @@ class CheckpointStore:
         if self.device.type not in ("cpu", "cuda"):
             raise InputError(f"cannot store checkpoints of device {str(device)!r}: use a CPU or CUDA device.")
         if pool is not None and pool.device != self.device:
-            raise InputError(
-                f"got a pinned pool for {pool.device} and a store for {self.device}: use one device."
-            )
+            raise InputError(f"got a pinned pool for {pool.device} and a store for {self.device}: use one device.")
         self._pool = pool
         self._directory = CheckpointDirectory(disk_dir)
         self._held: dict[Hashable, _Checkpoint] = {}
@@ -199,8 +198,16 @@ class _Referenced:
         self.tier = tier
         self.nbytes = sum(held_bytes(tensor) for tensor in tensors if tensor is not None)
         self._tensors = tensors
+        self._versions = [None if tensor is None else version(tensor) for tensor in tensors]
 
     def load(self, device: torch.device) -> list[Tensor | None]:
+        for tensor, before in zip(self._tensors, self._versions, strict=True):
+            if tensor is not None and version(tensor) != before:
+                raise StoreError(
+                    f"a checkpoint ({describe(tensor)}) was modified in place while it was held by reference: a layer keeps "
+                    "a tensor that it returned and writes into it later (a preallocated output, say). Return a copy of "
+                    "it, or keep checkpoints on the disk tier."
+                )
         return list(self._tensors)
 
     def discard(self) -> None:

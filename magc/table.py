@@ -110,20 +110,29 @@ class PlanTable:
         output = np.where(single, 0.0, row["output"])
         input_grad = row["input_grad"]
         run_work = np.where(borders_on[Tier.DEVICE] > 0, row["run_work_stored"], row["run_work"])
+        # To spare, as in the estimate: a chain with snapshots may be advancing with states in hand.
+        stored = stored + np.where(some, row["states_all"], 0.0)
         run = stored + output + 2 * row["states_all"] + run_work
-        live = row["states_all"] * (1 + np.where(some | (rebuild > 0), 1.0, 0.0)) + rebuild * row["borders"]
+        # Final states, gradients of states, and where a segment runs again the states it passes on.
+        live = row["states_all"] * (2 + np.where(some | (rebuild > 0), 1.0, 0.0)) + rebuild * row["borders"]
         again = stored + output + input_grad + row["grads"] + live + row["record_work"] + row["border"]
-        alone = np.where(borders_on[Tier.DEVICE] > 0, row["alone_work"], row["alone_work_away"]) + row["output"] + input_grad
+        alone = np.where(borders_on[Tier.DEVICE] > 0, row["alone_work"], row["alone_work_away"])
+        alone = alone + row["output"] + input_grad + row["states_all"]
         top = stored + output + 2 * row["states_all"] + row["border"] + row["top_tape"] + row["top_work"]
-        # The first of these holds with the last cell kept only; the second, with whole columns kept, falls with them.
         self._recompute = np.where(single, np.maximum(run, alone), np.maximum(run, again))
-        self._least = np.maximum(self._recompute, np.where(row["groups"] > 1, top, 0.0))
-        self._least = np.maximum(self._least, np.where(row["groups"] == 1, top, 0.0))
+        self._least = np.maximum(self._recompute, top)
         everything = np.where(single, row["output"], output) + input_grad
         self._keep = stored + everything + 2 * row["states_all"] + row["keep_work"]
         self._time(states_on, borders_on, rebuild, counts, some)
 
-    def _time(self, states_on: dict[Tier, Floats], borders_on: dict[Tier, Floats], rebuild: Floats, counts: Floats, some: Any) -> None:
+    def _time(
+        self,
+        states_on: dict[Tier, Floats],
+        borders_on: dict[Tier, Floats],
+        rebuild: Floats,
+        counts: Floats,
+        some: Any,
+    ) -> None:
         row = self._rows
         segments = row["segments"]
         bandwidth = {Tier.HOST: self._costs.bandwidths.host, Tier.DISK: self._costs.bandwidths.disk}
@@ -133,14 +142,19 @@ class PlanTable:
         for tier, speed in bandwidth.items():
             if tier is Tier.HOST and self._costs.host_is_device:
                 continue
-            copies = copies + 2 / speed * (np.where(some, 0.0, states_on[tier] * states) + borders_on[tier] * row["borders"])
+            copies = copies + 2 / speed * (
+                np.where(some, 0.0, states_on[tier] * states) + borders_on[tier] * row["borders"]
+            )
             snapshot_copies = snapshot_copies + 2 / speed * states_on[tier] * states
         steps = np.broadcast_to(segments - (row["groups"] == 1), self._keep.shape)
         again = np.zeros_like(self._keep)
         for index, count in enumerate(self._snapshots):
             if count is not None:
                 again[:, :, index] = [
-                    [revolve.optimal_advances(int(step), count) - (int(step) - 1) if step >= 1 else 0.0 for step in line]
+                    [
+                        revolve.optimal_advances(int(step), count) - (int(step) - 1) if step >= 1 else 0.0
+                        for step in line
+                    ]
                     for line in steps[:, :1, index]
                 ]
         usable = (segments > 2) & (counts < segments - 3)
@@ -164,9 +178,6 @@ class PlanTable:
         with np.errstate(divide="ignore", invalid="ignore"):
             most = np.floor(np.where(growth > 0, room / growth, np.where(room >= 0, np.inf, -1.0)))
         most = np.minimum(most, np.broadcast_to(segments, most.shape))
-        for tier_host in (Tier.HOST,):
-            stored, less = self._stored[tier_host], self._less[tier_host]
-            host_fits = stored - less * np.maximum(most, 0) <= host
         partly = (most < segments) & (self._recompute - self._slope * most > device)
         kept = np.where((most >= 1) & ~partly & np.isnan(self._counts()), most, 0.0)
         host_fits = self._stored[Tier.HOST] - self._less[Tier.HOST] * kept <= host
@@ -199,7 +210,12 @@ class PlanTable:
         segments, groups = (int(self._rows[name][size, 0, 0]) for name in ("segments", "groups"))
         keep: int | Literal["all"] = 1 if kept == 0 else ALL if kept >= segments else int(kept) * groups
         return Plan(
-            layers=layers, tokens=tokens, borders=borders, states=states, keep=keep, snapshots=self._snapshots[int(snapshots)]
+            layers=layers,
+            tokens=tokens,
+            borders=borders,
+            states=states,
+            keep=keep,
+            snapshots=self._snapshots[int(snapshots)],
         )
 
 
@@ -221,7 +237,11 @@ def token_sizes(seq_len: int) -> list[int]:
 
 def _placements(offload: list[Tier]) -> Iterator[tuple[Tier, Border]]:
     for states in (Tier.DEVICE, *offload):
-        borders: list[Border] = [Tier.DEVICE, REBUILD, *((tier for tier in offload) if states is Tier.DEVICE else (states,))]
+        borders: list[Border] = [
+            Tier.DEVICE,
+            REBUILD,
+            *((tier for tier in offload) if states is Tier.DEVICE else (states,)),
+        ]
         for border in borders:
             yield states, border
 

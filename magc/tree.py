@@ -85,7 +85,8 @@ def describe(tensor: Tensor | None) -> str:
 
 def storage_id(tensor: Tensor) -> int:
     """Identity of the memory behind a tensor."""
-    return tensor.untyped_storage()._cdata
+    # Meta and empty tensors have no address; each then counts as memory of its own.
+    return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -97,4 +98,3 @@ def compact(tensor: Tensor) -> Tensor:
 def version(tensor: Tensor) -> int:
     """The tensor's in-place version; inference tensors have none and count as unchanged."""
     return 0 if tensor.is_inference() else tensor._version
-

@@ -37,8 +37,7 @@ def check_seq_idx(seq_idx_BL: Tensor, prev_seq_idx_B: Tensor | None) -> None:
     """Raise ValueError unless both are integers of matching shape."""
     if seq_idx_BL.ndim != 2 or seq_idx_BL.dtype.is_floating_point:
         raise ValueError(
-            "seq_idx must be integers of shape (batch, length), "
-            f"got {seq_idx_BL.dtype} {tuple(seq_idx_BL.shape)}"
+            f"seq_idx must be integers of shape (batch, length), got {seq_idx_BL.dtype} {tuple(seq_idx_BL.shape)}"
         )
     if prev_seq_idx_B is not None and (
         prev_seq_idx_B.shape != seq_idx_BL.shape[:1] or prev_seq_idx_B.dtype.is_floating_point

@@ -96,9 +96,7 @@ class RNNLayer(nn.Module):
         h, c = self._initial(x) if state is None else self._checked(x, state)
         weights = self._weights(x)
         if self.mode == "LSTM":
-            y, h, c = torch.lstm(
-                x, (h, c), weights, self.bias, 1, 0.0, self.training, False, self.batch_first
-            )
+            y, h, c = torch.lstm(x, (h, c), weights, self.bias, 1, 0.0, self.training, False, self.batch_first)
             new_state: RNNState = (h.squeeze(0), c.squeeze(0))
         else:
             run = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[self.mode]
@@ -126,13 +124,9 @@ class RNNLayer(nn.Module):
             raise InputError(f"x must be a tensor, got {type(x).__name__}.")
         axes = "(batch, tokens, features)" if self.batch_first else "(tokens, batch, features)"
         if x.dim() == 2:
-            raise InputError(
-                f"x of shape {tuple(x.shape)} is not batched; add a batch axis to make it {axes}."
-            )
+            raise InputError(f"x of shape {tuple(x.shape)} is not batched; add a batch axis to make it {axes}.")
         if x.dim() != 3 or x.shape[-1] != self.input_size or x.shape[self.seq_dim] == 0:
-            raise InputError(
-                f"x must be {axes} with {self.input_size} features and some token, got {tuple(x.shape)}."
-            )
+            raise InputError(f"x must be {axes} with {self.input_size} features and some token, got {tuple(x.shape)}.")
 
     def _sizes(self, x: Tensor) -> list[tuple[int, int]]:
         """Shapes of the state's tensors."""
@@ -208,8 +202,7 @@ def split_rnn(module: nn.Module) -> list[RNNLayer]:
         )
     if any(vars(module)[hooks] for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")):
         raise LayerContractError(
-            f"{module} has hooks, which its layers would not run: register them on the layers that split_rnn "
-            "returns."
+            f"{module} has hooks, which its layers would not run: register them on the layers that split_rnn returns."
         )
     return [RNNLayer(module, index) for index in range(module.num_layers)]
 
@@ -221,9 +214,7 @@ def to_torch_state(states: Sequence[RNNState]) -> Tensor | tuple[Tensor, Tensor]
     return (hs, torch.stack(cs)) if cs else hs
 
 
-def from_torch_state(
-    module: nn.RNNBase, state: Tensor | tuple[Tensor, Tensor] | None
-) -> list[RNNState] | list[None]:
+def from_torch_state(module: nn.RNNBase, state: Tensor | tuple[Tensor, Tensor] | None) -> list[RNNState] | list[None]:
     """PyTorch's initial state ``h0`` or ``(h0, c0)`` as one state for each layer; None stays None.
 
     Raises:
@@ -239,9 +230,7 @@ def from_torch_state(
     tensors = state if isinstance(state, tuple) else (state,)
     for tensor in tensors:
         if tensor.dim() != 3 or tensor.shape[0] != layers:
-            raise StateError(
-                f"each tensor of the state must be ({layers}, batch, hidden), got {tuple(tensor.shape)}."
-            )
+            raise StateError(f"each tensor of the state must be ({layers}, batch, hidden), got {tuple(tensor.shape)}.")
     # Clones, so that a layer's state does not keep the states of all layers alive.
     if isinstance(state, tuple):
         return [(state[0][i].clone(), state[1][i].clone()) for i in range(layers)]

@@ -121,29 +121,21 @@ class Mamba2Config:
         """
         if missing := [key for key in ("d_model", "n_layer", "vocab_size") if key not in data]:
             hint = " (this is the transformers layout, not mamba-ssm's)" if "hidden_size" in data else ""
-            raise InputError(
-                f"the configuration lacks {', '.join(missing)}{hint}; expected mamba-ssm's config.json"
-            )
+            raise InputError(f"the configuration lacks {', '.join(missing)}{hint}; expected mamba-ssm's config.json")
         if data.get("attn_layer_idx"):
-            raise InputError(
-                f"attention layers are not supported, got attn_layer_idx={data['attn_layer_idx']}"
-            )
+            raise InputError(f"attention layers are not supported, got attn_layer_idx={data['attn_layer_idx']}")
         if data.get("d_intermediate"):
             raise InputError(f"MLP layers are not supported, got d_intermediate={data['d_intermediate']}")
         mixer = dict(data.get("ssm_cfg") or {})
         # mamba-ssm takes a configuration without "layer" for Mamba-1.
         if (layer := mixer.get("layer", "Mamba1")) != "Mamba2":
-            raise InputError(
-                f'layers of type {layer!r} are not supported; ssm_cfg must say "layer": "Mamba2"'
-            )
+            raise InputError(f'layers of type {layer!r} are not supported; ssm_cfg must say "layer": "Mamba2"')
         model_fields = {field.name for field in fields(cls)} - set(_MIXER_FIELDS)
         ignored = _WITHOUT_EFFECT | {"ssm_cfg", "attn_layer_idx", "attn_cfg", "d_intermediate"}
         unknown = sorted(set(data) - model_fields - ignored)
         unknown += sorted(f"ssm_cfg.{key}" for key in set(mixer) - set(_MIXER_FIELDS) - _MIXER_WITHOUT_EFFECT)
         if unknown:
-            raise InputError(
-                f"the configuration has unknown keys: {', '.join(unknown)}; remove or rename them"
-            )
+            raise InputError(f"the configuration has unknown keys: {', '.join(unknown)}; remove or rename them")
         # mamba-ssm's own default, for files that do not say.
         options: dict[str, Any] = {"pad_vocab_size_multiple": 8}
         options.update({key: value for key, value in data.items() if key in model_fields})

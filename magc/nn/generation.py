@@ -99,9 +99,7 @@ def _check(
     if temperature < 0.0:
         raise InputError(f"temperature must not be negative, got {temperature}; 0 takes the likeliest token")
     if temperature == 0.0 and (top_k is not None or top_p is not None):
-        raise InputError(
-            "top_k and top_p have no effect at temperature 0; set a temperature or leave them out"
-        )
+        raise InputError("top_k and top_p have no effect at temperature 0; set a temperature or leave them out")
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:

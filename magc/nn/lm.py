@@ -56,9 +56,7 @@ class LMHead(nn.Module):
         """
         logits = self.logits(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-        )
+        total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
         return total, (targets != -100).sum()
 
 
@@ -118,9 +116,7 @@ class Mamba2LM(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = _Backbone(config, impl, device, dtype)
-        self.lm_head = nn.Linear(
-            config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype
-        )
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
         # In a tuple, so that nn.Module does not register it: its parameters belong to backbone and lm_head.
         self._head = (LMHead(self.backbone.norm_f, self.lm_head),)
         self._reset_model_parameters()
@@ -186,9 +182,7 @@ class Mamba2LM(nn.Module):
             raise InputError(f"num_last_tokens must be at least 1 or None, got {num_last_tokens}")
         layers = self.layers
         if state is not None and len(state) != len(layers):
-            raise StateError(
-                f"the model has {len(layers)} layers, the state {len(state)}; give one state per layer"
-            )
+            raise StateError(f"the model has {len(layers)} layers, the state {len(state)}; give one state per layer")
         x: Stream = self.stem(input_ids)
         new_states: list[Mamba2State] = []
         for index, layer in enumerate(layers):

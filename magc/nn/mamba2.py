@@ -143,9 +143,7 @@ class Mamba2(nn.Module):
         )
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, device=device, dtype=dtype))
         self.A_log = nn.Parameter(torch.empty(self.nheads, device=device, dtype=dtype))
-        self.D = nn.Parameter(
-            torch.empty(self.d_ssm if D_has_hdim else self.nheads, device=device, dtype=dtype)
-        )
+        self.D = nn.Parameter(torch.empty(self.d_ssm if D_has_hdim else self.nheads, device=device, dtype=dtype))
         self.norm = (
             GatedRMSNorm(
                 self.d_ssm,
@@ -363,14 +361,10 @@ class Mamba2(nn.Module):
             )
         low, high = self.A_init_range
         if not 0 < low <= high:
-            raise InputError(
-                f"A_init_range must be (low, high) with 0 < low <= high, got {self.A_init_range}"
-            )
+            raise InputError(f"A_init_range must be (low, high) with 0 < low <= high, got {self.A_init_range}")
         dt_min, dt_max, _ = self.dt_init
         if not 0 < dt_min <= dt_max:
-            raise InputError(
-                f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}"
-            )
+            raise InputError(f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             raise InputError(f"dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}")
 

@@ -29,9 +29,7 @@ def load_config(folder: str | PathLike[str]) -> Mamba2Config:
     """
     path = Path(folder) / _CONFIG
     if not path.is_file():
-        raise InputError(
-            f"{path} does not exist; give a folder with {_CONFIG} and {_SAFETENSORS} or {_PICKLE}"
-        )
+        raise InputError(f"{path} does not exist; give a folder with {_CONFIG} and {_SAFETENSORS} or {_PICKLE}")
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,9 @@ class EagerRunner:
         )
         leaves = CellInputs(
             inputs.x.with_leaves(x),
-            tuple(None if old is None else old.with_leaves(new) for old, new in zip(inputs.states, states, strict=True)),
+            tuple(
+                None if old is None else old.with_leaves(new) for old, new in zip(inputs.states, states, strict=True)
+            ),
             inputs.side,
             inputs.targets,
         )
@@ -172,7 +175,11 @@ class EagerRunner:
             self._stack.memory.verified |= names
 
     def _call(
-        self, first: int, stages: Sequence[Stage], inputs: CellInputs, cut: Sequence[nn.Parameter] | None = None
+        self,
+        first: int,
+        stages: Sequence[Stage],
+        inputs: CellInputs,
+        cut: Sequence[nn.Parameter] | None = None,
     ) -> CellOutputs:
         key = (first, len(stages))
         writes_input = self._stack.memory.writes_input.get(key)
@@ -232,7 +239,7 @@ class EagerRunner:
 
 
 @contextmanager
-def _noting(stage: Stage) -> Iterator[None]:
+def _noting(stage: Stage) -> Generator[None]:
     """Add to an exception which stage raised it."""
     try:
         yield
@@ -244,15 +251,16 @@ def _noting(stage: Stage) -> Iterator[None]:
 
 
 def _call_head(stage: Stage, y: PyTree, targets: PyTree) -> tuple[Tensor, Tensor | None]:
-    result = stage.call(y, targets)
-    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor) or result[0].dim() != 0:
-        got = describe(result) if isinstance(result, Tensor) else repr(type(result).__name__)
+    result: object = stage.call(y, targets)
+    pair = cast(tuple[object, ...], result) if isinstance(result, tuple) else ()
+    if len(pair) != 2 or not isinstance(pair[0], Tensor) or pair[0].dim() != 0:
+        got = describe(result) if isinstance(result, Tensor) else type(cast(object, result)).__name__
         raise InputError(
             f"{stage.name} returned {got}, but a head returns (summed loss of the segment as a 0-dim tensor, count)"
         )
-    loss, count = result
+    loss, count = pair[0], pair[1]
     if not isinstance(count, Tensor):
-        count = torch.tensor(float(count), device=loss.device)
+        count = torch.tensor(float(cast(float, count)), device=loss.device)
     return loss, count.detach()
 
 
@@ -275,14 +283,13 @@ def _buffer_versions(stage: Stage) -> list[tuple[nn.Module, str, Tensor, int]]:
     return [
         (module, name, buffer, version(buffer))
         for module in stage.modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for name, buffer in module.named_buffers(recurse=False)
     ]
 
 
 def _refuse_written_buffers(stage: Stage, before: list[tuple[nn.Module, str, Tensor, int]]) -> None:
     for module, name, buffer, old in before:
-        if module._buffers.get(name) is not buffer or version(buffer) != old:
+        if getattr(module, name, None) is not buffer or version(buffer) != old:
             raise LayerContractError(
                 f"{stage.name} changed its buffer {name!r} ({type(module).__name__}) while it ran. A recompute would "
                 f"change it once more: carry it in the layer's state, or switch its update off (e.g. .eval())"

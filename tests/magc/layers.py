@@ -29,7 +29,10 @@ class Cell(nn.Module):
     def forward(self, x: Tensor, state: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         x_BLD = x.movedim(self.seq_dim, 1)
         if state is None:
-            h, count = x_BLD.new_zeros(x_BLD.shape[0], x_BLD.shape[2]), torch.zeros((), dtype=torch.int64, device=x.device)
+            h, count = (
+                x_BLD.new_zeros(x_BLD.shape[0], x_BLD.shape[2]),
+                torch.zeros((), dtype=torch.int64, device=x.device),
+            )
         else:
             h, count = state["h"], state["count"]
         outputs: list[Tensor] = []
@@ -56,7 +59,7 @@ class Merge(nn.Module):
     """Adds the pair that Mamba-2 blocks hand on."""
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        return x if isinstance(x, Tensor) else x[0] + x[1]
+        return x if isinstance(x, Tensor) else (x[0] + x[1]).to(x[0].dtype)
 
 
 class Mlp(nn.Module):
@@ -130,7 +133,7 @@ def segment_bounds(plan: Plan, layers: Sequence[object], seq_len: int) -> list[t
 
 def narrow(tree: T, axis: int, start: int, stop: int) -> T:
     """Tokens ``start`` to ``stop`` of every tensor."""
-    return pytree.tree_map(lambda leaf: leaf.narrow(axis, start, stop - start), tree)
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.narrow(axis, start, stop - start), tree)
 
 
 def plain(

@@ -15,6 +15,7 @@ from magc import GridCheckpoint, Plan, Tier, grid_checkpoint, stateless
 from tests.magc.layers import (
     WIDTH,
     Cell,
+    Merge,
     Mlp,
     assert_same_bits,
     assert_same_gradients,
@@ -32,8 +33,8 @@ from tests.magc.strategies import Case, cases
 def make_states(layers: list[nn.Module], batch: int) -> list[Any]:
     """Final states of another sequence, as leaves that need gradients."""
     _, states = plain(layers, torch.randn(batch, 2, WIDTH, dtype=torch.float64))
-    return pytree.tree_map(
-        lambda leaf: leaf.detach().clone().requires_grad_(leaf.is_floating_point()), states
+    return pytree.tree_map_only(
+        Tensor, lambda leaf: leaf.detach().clone().requires_grad_(leaf.is_floating_point()), states
     )
 
 
@@ -108,26 +109,30 @@ def test_all_small_grids_with_frozen_layers(frozen: int) -> None:
         assert_same_gradients(actual, expected)
 
 
+class Parametrized(nn.Module):
+    """A cell whose recurrent weight is part of its state, so that gradcheck can vary a parameter as an input."""
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        h, weight = state
+        outputs: list[Tensor] = []
+        for step in x.unbind(1):
+            h = torch.tanh(step + h @ weight)
+            outputs.append(h)
+        return torch.stack(outputs, 1), (h, weight)
+
+
 def test_gradcheck() -> None:
     torch.manual_seed(0)
-    layers = make_stack(("cell", "mamba2", "lstm"))
+    layers = [*make_stack(("cell", "mamba2")), stateless(Merge()), Parametrized(), *make_stack(("lstm",))]
     x = torch.randn(1, 4, WIDTH, dtype=torch.float64, requires_grad=True)
-    states = make_states(layers, 1)
-    leaves, spec = pytree.tree_flatten(states)
-    plan = Plan(layers=2, tokens=2, snapshots=0)
+    states: list[Any] = [None] * 5
+    h, weight = torch.randn(1, WIDTH, dtype=torch.float64), torch.randn(WIDTH, WIDTH, dtype=torch.float64)
 
-    def function(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        state_leaves, weights = tensors[: len(leaves)], tensors[len(leaves) :]
-        with torch.no_grad():
-            for parameter, weight in zip(parameters(layers), weights, strict=True):
-                parameter.copy_(weight)
-        y, final = grid_checkpoint(layers, x, pytree.tree_unflatten(list(state_leaves), spec), plan=plan)
-        return tuple(floating((y, final)))
+    def function(x: Tensor, h: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        plan = Plan(layers=2, tokens=2, snapshots=0)
+        return tuple(floating(grid_checkpoint(layers, x, [*states[:3], (h, weight), None], plan=plan)))
 
-    # Parameters are no arguments of the call: their numerical gradient needs them set, their analytical one is compared
-    # with plain autograd elsewhere. So only x and states are varied here.
-    weights = [parameter.detach().clone() for parameter in parameters(layers)]
-    assert torch.autograd.gradcheck(function, (x, *leaves, *weights))
+    assert torch.autograd.gradcheck(function, (x, h.requires_grad_(), weight.requires_grad_()))
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(layers=1, tokens=1), Plan(tokens=100), Plan(layers=9, tokens=(1,))])
@@ -215,7 +220,9 @@ def test_plan_rule_sees_layers_and_tokens() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kinds", [("cell", "lstm", "gru"), ("mamba2", "mamba2", "mlp", "lstm")])
-@pytest.mark.parametrize(("borders", "states"), [("host", "host"), ("disk", "disk"), ("rebuild", "host"), ("device", "disk")])
+@pytest.mark.parametrize(
+    ("borders", "states"), [("host", "host"), ("disk", "disk"), ("rebuild", "host"), ("device", "disk")]
+)
 @pytest.mark.parametrize("snapshots", [None, 1])
 def test_cuda(kinds: tuple[str, ...], borders: Any, states: Any, snapshots: int | None) -> None:
     torch.manual_seed(0)
@@ -225,9 +232,7 @@ def test_cuda(kinds: tuple[str, ...], borders: Any, states: Any, snapshots: int 
     y, final = grid_checkpoint(layers, x, plan=plan)
     assert_same_bits((y, list(final)), plain(layers, x, bounds=segment_bounds(plan, layers, 29)))
     wanted = [x, *parameters(layers)]
-    assert_same_gradients(
-        gradients(objective(y, final), wanted), gradients(objective(*plain(layers, x)), wanted)
-    )
+    assert_same_gradients(gradients(objective(y, final), wanted), gradients(objective(*plain(layers, x)), wanted))
 
 
 @pytest.mark.gpu

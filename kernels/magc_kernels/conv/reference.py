@@ -125,16 +125,12 @@ def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor 
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None) -> None:
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must have shape (batch, length >= 1, channels), got {tuple(x.shape)}")
     batch, _, channels = x.shape
     if weight.ndim != 2 or weight.shape[0] != channels or not 2 <= weight.shape[1] <= 4:
-        raise ValueError(
-            f"weight must have shape ({channels}, width) with width 2 to 4, got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must have shape ({channels}, width) with width 2 to 4, got {tuple(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"bias must have shape ({channels},), got {tuple(bias.shape)}")
     if activation not in (None, "silu"):

@@ -116,6 +116,5 @@ def _normalise(x: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor
 def _check(x: Tensor, weight: Tensor) -> None:
     if weight.ndim != 1 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(
-            f"weight must have shape (features,) for x (..., features), "
-            f"got {tuple(weight.shape)} and {tuple(x.shape)}"
+            f"weight must have shape (features,) for x (..., features), got {tuple(weight.shape)} and {tuple(x.shape)}"
         )

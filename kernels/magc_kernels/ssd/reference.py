@@ -316,9 +316,7 @@ def _check(
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must have shape {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
     low, high = dt_limit
     if not 0.0 <= low <= high:
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")
