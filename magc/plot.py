@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magc.errors import MissingExtraError, PlanError
-from magc.estimate import estimate, schedule_of
+from magc.estimate import estimate, schedule_of, stored_per_column
 from magc.forecast import Candidate, Forecast
 from magc.grid import Grid
 from magc.plan import ALL, Plan
 from magc.planner import Planner
-from magc.schedule import Schedule
+from magc.schedule import Action, Schedule
 from magc.simulate import Ledger, Term
+from magc.tiers import Tier
 from magc.units import format_bytes, format_count
 
 Axes = Any
 """matplotlib's stubs leave its keyword arguments unknown, which strict type checking takes for errors."""
 
 MOST_CELLS = 6000
-"""Cells that are simulated for a drawing; of a plan with more, the schedule of a shorter sequence is drawn."""
+"""Cells that are simulated for a drawing; of a plan with more, a shorter sequence's schedule is drawn."""
 
 _MOST_POINTS = 1200
 _BINS = 240
@@ -57,60 +59,81 @@ class Timeline:
         seconds: predicted time at each point, increasing.
         terms: bytes of every term, ``(len(Term), points)``, in `Term`'s order; a point is the highest of its span.
         turn: when the backward begins.
-        tokens: the sequence that was simulated, shorter than the plan's when it has more than `MOST_CELLS` cells.
+        segments: how many segments were simulated.
+        stretch: how many segments of the plan each of them stands for.
     """
 
     seconds: NDArray[np.float64]
     terms: NDArray[np.float64]
     turn: float
-    tokens: int
+    segments: int
+    stretch: float
 
 
 def timeline(plan: Plan, forecast: Forecast, *, most_cells: int = MOST_CELLS) -> Timeline:
     """Simulate a plan's schedule, or that of as many of its segments as ``most_cells`` allows.
 
+    Each of fewer segments stands for several: its time, its stored checkpoints and its kept activations count that many
+    times. States stored by the binomial schedule do not grow so, and count as in the shorter sequence.
+
     Raises:
         PlanError: the plan does not fit the forecast's stack or sequence.
     """
-    schedule = _shortened(plan, forecast, most_cells)
+    full = forecast.schedule(plan)
+    schedule = _shortened(full, forecast, most_cells)
+    stretch = full.grid.segments / schedule.grid.segments
+    cells = [
+        forecast.costs.cell(start, stop, full.grid.tokens.part_length(0))
+        for start, stop in full.grid.layers.all_bounds()
+    ]
+    more = np.zeros(len(Term))
+    for index, tier, nbytes in stored_per_column(schedule, cells):
+        binomial = full.snapshot_positions() is not None and index == list(Term).index(Term.STATES)
+        if not binomial and (tier is Tier.DEVICE or (tier is Tier.HOST and forecast.costs.host_is_device)):
+            more[index] = nbytes * (stretch - 1)
+    tapes = np.zeros(len(Term))
+    tapes[list(Term).index(Term.ACTIVATIONS)] = (stretch - 1) * sum(cell.tape_bytes for cell in cells[full.lowest :])
+    turning = schedule.turning  # the last segment with a cell that is not kept
     ledger = Ledger(schedule, forecast.costs)
     seconds: list[float] = []
-    rows: list[list[int]] = []
+    rows: list[NDArray[np.float64]] = []
 
-    def carry_out(actions: Any) -> None:
+    def carry_out(actions: Iterable[Action]) -> None:
         for action in actions:
             ledger.reset_peak()
             before = ledger.seconds
             ledger.run((action,))
             if ledger.seconds > before:  # what takes no time has no width
-                seconds.append(ledger.seconds)
-                rows.append(list(ledger.breakdown))
+                seconds.append(ledger.seconds * stretch)
+                segment = action.segment
+                rows.append(ledger.breakdown + more * min(segment, turning + 1) + tapes * max(0, segment - turning - 1))
 
     carry_out(schedule.forward())
-    turn = ledger.seconds
+    turn = ledger.seconds * stretch
     ledger.begin_backward()
     carry_out(schedule.backward())
-    return _decimated(np.array(seconds), np.array(rows, dtype=np.float64).T, turn, schedule.grid.tokens.length)
+    return _decimated(np.array(seconds), np.array(rows, dtype=np.float64).T, turn, schedule.grid.segments, stretch)
 
 
-def _shortened(plan: Plan, forecast: Forecast, most_cells: int) -> Schedule:
-    full = forecast.schedule(plan)
+def _shortened(full: Schedule, forecast: Forecast, most_cells: int) -> Schedule:
     segments = max(4, most_cells // full.grid.groups)
     if full.grid.segments <= segments:
         return full
-    if isinstance(plan.tokens, tuple):
-        length, tokens = sum(plan.tokens[:segments]), plan.tokens[:segments]
-    else:
-        length, tokens = segments * full.grid.tokens.part_length(0), plan.tokens
+    plan, tokens = full.plan, full.plan.tokens
+    if isinstance(tokens, tuple):
+        tokens = tokens[:segments]
     keep = plan.keep
     if keep != ALL and keep > full.grid.groups:
         # As large a share of the cells as in the whole.
         keep = max(1, round(plan.kept_cells(full.grid) / full.grid.cells * segments)) * full.grid.groups
+    length = sum(tokens) if isinstance(tokens, tuple) else segments * full.grid.tokens.part_length(0)
     short = replace(plan, tokens=tokens, keep=keep, forecast=None)
     return schedule_of(short, forecast.costs, length, forecast.lowest_layer)
 
 
-def _decimated(seconds: NDArray[np.float64], terms: NDArray[np.float64], turn: float, tokens: int) -> Timeline:
+def _decimated(
+    seconds: NDArray[np.float64], terms: NDArray[np.float64], turn: float, segments: int, stretch: float
+) -> Timeline:
     """At most `_MOST_POINTS`, or else `_BINS`, each the highest within its span of time.
 
     So few that a span holds whole cells: finer ones would draw patterns that are not there.
@@ -127,7 +150,7 @@ def _decimated(seconds: NDArray[np.float64], terms: NDArray[np.float64], turn: f
             if stop > start
         ]
         seconds, terms = seconds[stops - 1], terms[:, chosen]
-    return Timeline(seconds, terms, turn, tokens)
+    return Timeline(seconds, terms, turn, segments, stretch)
 
 
 def named_plans(plan: Plan, forecast: Forecast) -> dict[str, Candidate]:
@@ -186,15 +209,10 @@ def plot_plan(plan: Plan, path: str | Path) -> Path:
     left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
     _draw_timeline(left, plan, plan.forecast)
     _draw_tradeoff(right, plan, plan.forecast)
-    layers = forecast_layers(plan.forecast)
-    figure.suptitle(f"{layers}: {plan}", fontsize=11, color=_INK)
+    stack = f"{plan.forecast.costs.n_layers} layers x {plan.forecast.seq_len:,} tokens"
+    figure.suptitle(f"{stack}, in cells of {plan}", fontsize=11, color=_INK)
     figure.savefig(path)
     return path
-
-
-def forecast_layers(forecast: Forecast) -> str:
-    """What the forecast is for, e.g. ``64 layers x 1,048,576 tokens``."""
-    return f"{forecast.costs.n_layers} layers x {forecast.seq_len:,} tokens"
 
 
 # ---------------------------------------------------------------------- left
@@ -229,12 +247,9 @@ def _draw_timeline(axes: Axes, plan: Plan, forecast: Forecast) -> None:
     for x, text, side in ((turn, "forward ", "right"), (turn, " backward", "left")):
         axes.text(x, 0.985, text, transform=axes.get_xaxis_transform(), ha=side, va="top", fontsize=9, color=_INK)
     axes.set_ylabel(f"device memory ({name})")
-    note = ""
-    if drawn.tokens < forecast.seq_len:
-        note = (
-            f"\ndrawn for the first {drawn.tokens:,} of {forecast.seq_len:,} tokens; the rest repeats the pattern with "
-            f"more checkpoints kept"
-        )
+    note = (
+        f"\nsimulated for {drawn.segments:,} segments, each drawn as {drawn.stretch:.3g}" if drawn.stretch > 1 else ""
+    )
     axes.set_xlabel(f"predicted time ({clock_name}){note}")
     axes.set_title("Memory over the schedule", loc="left", fontsize=11, color=_INK)
     handles, labels = axes.get_legend_handles_labels()
@@ -284,10 +299,17 @@ def _draw_tradeoff(axes: Axes, plan: Plan, forecast: Forecast) -> None:
         peaks = [float(point.estimate.peak_bytes) for point in points]
         return peaks, [point.estimate.seconds * clock for point in points]
 
+    # The least memory may take so long that nothing else could be told apart: the curve leaves at the top.
+    least = min(point.estimate.seconds for point in (*curve, *usual.values()))
+    shown = [point.estimate.seconds for point in usual.values() if point.estimate.seconds < 6 * least]
+    top = 1.3 * max(*shown, least, forecast.estimate.seconds)
+
     blue = _COLORS[Term.BORDERS]
     axes.plot(*xy(*curve), color=blue, drawstyle="steps-post", linewidth=1.8, label="the planner's choices by budget")
     axes.plot(*xy(*curve), "o", color=blue, markersize=3.5)
     for (label, candidate), marker in zip(usual.items(), "sD^vP", strict=False):
+        if candidate.estimate.seconds > top:
+            label += f", beyond the scale: {candidate.estimate.seconds * clock:.3g} {clock_name}"
         axes.plot(*xy(candidate), marker, markersize=7.5, color="white", markeredgecolor=_INK, label=label)
     label = (
         f"this plan ({format_bytes(forecast.peak_bytes)}, {forecast.estimate.forwards_per_cell:.2f} forwards per cell)"
@@ -309,21 +331,16 @@ def _draw_tradeoff(axes: Axes, plan: Plan, forecast: Forecast) -> None:
             color=_BUDGET,
         )
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(_tick)
+    low, high = (round(math.log2(limit)) for limit in axes.get_xlim())
+    ticks = [2.0**power for power in range(low, high + 1, max(1, -(-(high - low) // 6)))]
+    axes.set_xticks(ticks, [format_bytes(tick).replace(".0 ", " ") for tick in ticks])
     axes.set_xlabel("predicted peak on the device (log scale)")
     axes.set_ylabel(f"predicted time of forward and backward ({clock_name})")
-    # The least memory may take so long that nothing else could be told apart: the curve leaves at the top.
-    least = min(point.estimate.seconds for point in (*curve, *usual.values()))
-    shown = [point.estimate.seconds for point in usual.values() if point.estimate.seconds < 6 * least]
-    axes.set_ylim(0, 1.3 * clock * max(*shown, least, forecast.estimate.seconds))
+    axes.set_ylim(0, top * clock)
     axes.set_title("Memory against time", loc="left", fontsize=11, color=_INK)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8.5, frameon=False)
     axes.grid(axis="both", color="#e4e7eb", linewidth=0.7)
     _plain(axes)
-
-
-def _tick(value: float, _: object) -> str:
-    return format_bytes(value).replace(".0 ", " ")
 
 
 # ---------------------------------------------------------------------- helpers

@@ -182,9 +182,9 @@ class _Measurement:
         x = request.inputs.segment(0, tokens)
         for index, stage in enumerate(stages):
             # The second run starts from the first one's state, has its shapes settled and nothing left to set up.
-            first = self._runner.run(self._key(index), (stage,), self._cell(stage, x, None))
+            first = self._runner.run(self._key(index), (stage,), self._cell(stage, x, None), proxies=self._proxies)
             state = first.states[0] if first.states else None
-            outputs = self._runner.run(self._key(index), (stage,), self._cell(stage, x, state))
+            outputs = self._runner.run(self._key(index), (stage,), self._cell(stage, x, state), proxies=self._proxies)
             self._inputs.append(x)
             self._states.append(state)
             self._outputs.append(outputs)
@@ -279,7 +279,7 @@ class _Measurement:
         key = self._key(index)
 
         with MemoryMeter(self._device) as meter:
-            made = self._runner.run(key, (stage,), cell)
+            made = self._runner.run(key, (stage,), cell, proxies=self._proxies)
             run_peak = meter.peak_bytes
             del made
             meter.reset_peak()
@@ -295,7 +295,7 @@ class _Measurement:
         def passes() -> Iterator[tuple[float, float, float]]:
             while True:
                 with self._timed() as run:
-                    self._runner.run(key, (stage,), cell)
+                    self._runner.run(key, (stage,), cell, proxies=self._proxies)
                 with self._timed() as record:
                     tape = self._runner.record(key, (stage,), cell, needs, self._proxies)
                 with self._timed() as backward:

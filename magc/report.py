@@ -55,7 +55,7 @@ def explain(plan: Plan, forecast: Forecast) -> str:
         ("measured", list(_measured(schedule.grid, forecast))),
         ("notes", list(forecast.notes)),
     ]
-    return "\n".join(_paragraph(label, lines) for label, lines in paragraphs if lines)
+    return "\n".join(paragraph(label, lines) for label, lines in paragraphs if lines)
 
 
 def next_faster(planner: Planner, forecast: Forecast, *, gain: float = GAIN) -> tuple[Candidate, int] | None:
@@ -266,7 +266,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
-def _paragraph(label: str, lines: list[str]) -> str:
+def paragraph(label: str, lines: list[str]) -> str:
     """Lines beside a label, wrapped with a hanging indent."""
     out: list[str] = []
     for index, line in enumerate(lines):

@@ -41,6 +41,7 @@ class Stage:
         call: the callable.
         slots: where its trainable parameters live.
         stateless: a layer wrapped by `magc.stateless`.
+        rounds_by_grad_mode: its forward may round differently with and without grad mode.
     """
 
     kind: StageKind
@@ -48,6 +49,7 @@ class Stage:
     call: Callable[..., Any]
     slots: tuple[ParamSlot, ...]
     stateless: bool = False
+    rounds_by_grad_mode: bool = False
 
     @property
     def modules(self) -> Iterator[nn.Module]:
@@ -144,7 +146,7 @@ def build_stack(
                         unique.append(param)
                     slots.append(ParamSlot(module, key, params[id(param)]))
         label = f"{name} ({type(call).__name__})"
-        return Stage(kind, label, call, tuple(slots), is_stateless(call))
+        return Stage(kind, label, call, tuple(slots), is_stateless(call), _rounds_by_grad_mode(call))
 
     return Stack(
         stem=None if stem is None else stage(StageKind.STEM, "stem", stem),
@@ -154,6 +156,12 @@ def build_stack(
         seq_dim=seq_dim,
         memory=StackMemory() if memory is None else memory,
     )
+
+
+def _rounds_by_grad_mode(call: object) -> bool:
+    """torch's fused RNNs pick another kernel for inference; a layer built on them may say so by this attribute."""
+    modules = call.modules() if isinstance(call, nn.Module) else ()
+    return any(isinstance(module, nn.RNNBase) or getattr(module, "rounds_by_grad_mode", False) for module in modules)
 
 
 @contextmanager

@@ -48,6 +48,8 @@ class RNNLayer(nn.Module):
         seq_dim: the sequence axis of x and y, 1 if ``batch_first`` and else 0.
     """
 
+    rounds_by_grad_mode = True
+
     def __init__(self, module: nn.RNNBase, index: int) -> None:
         super().__init__()
         self.mode = module.mode

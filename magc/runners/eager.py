@@ -91,9 +91,10 @@ class EagerRunner:
             stages: the cell's stages.
             inputs: what it runs on, without a gradient history; never written into.
             loss: whether to run the head, where the cell has one; without it ``y`` is the head's input.
-            proxies: leaves standing for the stack's parameters. With them every stage is called as `record` calls it, in
-                grad mode, and its graph dropped before the next stage runs: some operators round differently without
-                (oneDNN's LSTM), and the recorded values must have the same bits. None: without grad mode.
+            proxies: leaves standing for the stack's parameters, None when nothing will be back-propagated. With them a
+                stage that rounds differently in grad mode (oneDNN's LSTM) runs in it, so that the recorded values will
+                have the same bits; so does every stage the first time, when its graph is searched for parameters that
+                are not its own. That graph goes before the next stage runs.
 
         Raises:
             LayerContractError: as `record`.
@@ -103,7 +104,7 @@ class EagerRunner:
         if proxies is None:
             with torch.no_grad():
                 return self._call(first, stages, inputs)
-        with torch.enable_grad(), swapped(stages, proxies):
+        with torch.no_grad(), swapped(stages, proxies):
             return self._call(first, stages, inputs, cut=proxies)
 
     def record(
@@ -205,12 +206,15 @@ class EagerRunner:
     def _call_stages(
         self, stages: Sequence[Stage], inputs: CellInputs, x: PyTree, cut: Sequence[nn.Parameter] | None
     ) -> CellOutputs:
-        """Call stages in a row; with ``cut``, which are its leaves, each stage's graph is let go of at once."""
+        """Call stages in a row; with ``cut``, the leaves of their graphs, a stage's graph is let go of at once."""
         new_states: list[Flat] = []
         states = iter(inputs.states)
         for stage in stages:
             watched = [] if stage.name in self._stack.memory.keeps_buffers else _buffer_versions(stage)
-            with _noting(stage):
+            in_grad_mode = cut is not None and (
+                stage.rounds_by_grad_mode or stage.name not in self._stack.memory.verified
+            )
+            with _noting(stage), torch.set_grad_enabled(in_grad_mode or torch.is_grad_enabled()):
                 if stage.kind is StageKind.STEM:
                     x = stage.call(x)
                 elif stage.kind is StageKind.HEAD:
@@ -226,7 +230,7 @@ class EagerRunner:
                     if state is not None:
                         self._stack.memory.keeps_state.add(stage.name)
                     new_states.append(new_state)
-            if cut is not None:
+            if cut is not None and in_grad_mode:
                 y = flatten("the output of the layers", x)
                 made = new_states[-1:] if stage.kind is StageKind.LAYER else []
                 self._verify((stage,), CellOutputs(y, tuple(made)), cut)

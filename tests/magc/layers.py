@@ -159,7 +159,10 @@ def plain(
             h, states[index] = layer(h, states[index], **narrow(side, seq_dim, start, stop))
         outputs.append(h)
     flat = [pytree.tree_flatten(output) for output in outputs]
-    joined = [torch.cat(parts, seq_dim) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
+    joined = [
+        None if parts[0] is None else torch.cat(parts, seq_dim)
+        for parts in zip(*(leaves for leaves, _ in flat), strict=True)
+    ]
     return pytree.tree_unflatten(joined, flat[0][1]), states
 
 

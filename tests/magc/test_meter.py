@@ -295,9 +295,7 @@ def test_random_programs_agree_with_a_count_of_all_held_storages(seed: int) -> N
             del made
             rng.shuffle(held)
             del held[rng.randint(1, 12) :]
-            storages = {
-                tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held
-            }
+            storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
             assert meter.live_bytes == sum(storages.values())
 
 

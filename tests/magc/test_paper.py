@@ -61,18 +61,12 @@ def test_unit_optimum_in_the_three_regions() -> None:
     inside = unit_optimum(64, 512)  # L S = 2^15
     assert (inside.layers, inside.tokens, inside.memory) == pytest.approx((32, 32, 3 * 2**10))  # Eq. 7
     long = unit_optimum(8, 2**20)
-    assert (long.layers, long.tokens, long.memory) == pytest.approx(
-        (8, 2**10, 2**20 + 2 * 8 * 2**10)
-    )  # Eq. 8
+    assert (long.layers, long.tokens, long.memory) == pytest.approx((8, 2**10, 2**20 + 2 * 8 * 2**10))  # Eq. 8
     deep = unit_optimum(2**20, 8)
-    assert (deep.layers, deep.tokens, deep.memory) == pytest.approx(
-        (2**10, 8, 2**20 + 2 * 8 * 2**10)
-    )  # Eq. 9
+    assert (deep.layers, deep.tokens, deep.memory) == pytest.approx((2**10, 8, 2**20 + 2 * 8 * 2**10))  # Eq. 9
 
 
-@pytest.mark.parametrize(
-    ("L", "S"), [(1, 1), (64, 4096), (64, 4095), (48, 2**20), (100, 9), (100, 10), (7, 7)]
-)
+@pytest.mark.parametrize(("L", "S"), [(1, 1), (64, 4096), (64, 4095), (48, 2**20), (100, 9), (100, 10), (7, 7)])
 def test_unit_optimum_is_the_least_over_all_cells(L: int, S: int) -> None:
     best = unit_optimum(L, S)
     assert 1 <= best.layers <= L

@@ -113,9 +113,7 @@ def test_every_candidate_fits_what_the_table_says(
 
 @settings(SETTINGS, max_examples=60)
 @given(cost_models(), st.integers(1, 5000), st.sampled_from([0, 2000, 100_000]), st.booleans())
-def test_more_budget_is_never_slower_and_never_exceeded(
-    costs: CostModel, seq_len: int, host: int, disk: bool
-) -> None:
+def test_more_budget_is_never_slower_and_never_exceeded(costs: CostModel, seq_len: int, host: int, disk: bool) -> None:
     planner = Planner(costs, seq_len, host=host > 0, disk=disk)
     least = planner.smallest(host).estimate.peak_bytes
     seconds = math.inf

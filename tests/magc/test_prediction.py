@@ -26,7 +26,9 @@ MAKERS: dict[str, Callable[[int], nn.Module]] = {
     "mamba2": lambda d: Mamba2Block(d, d_state=16, headdim=16, chunk_size=32),
     "lstm": lambda d: nn.LSTM(d, d, batch_first=True),
     "gru": lambda d: nn.GRU(d, d, batch_first=True),
-    "mlp": lambda d: magc.stateless(nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.GELU(), nn.Linear(3 * d, d))),
+    "mlp": lambda d: magc.stateless(
+        nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.GELU(), nn.Linear(3 * d, d))
+    ),
 }
 
 
@@ -40,11 +42,11 @@ def _case(seed: int) -> tuple[list[nn.Module], Tensor, Plan, str]:
     width = rng.choice([16, 32, 64])
     kinds = rng.choice([["mamba2"], ["lstm"], ["gru"], ["lstm", "gru", "mlp"]])
     layers = [MAKERS[rng.choice(kinds)](width) for _ in range(rng.randint(2, 7))]
-    seq_len = rng.choice([256, 500, 777])
+    seq_len = rng.choice([128, 200, 333])
     x = torch.randn(rng.randint(1, 3), seq_len, width, requires_grad=rng.random() < 0.5)
     plan = Plan(
         layers=rng.choice([1, 2, 3, None]),
-        tokens=rng.choice([32, 64, 100, 200, None]),
+        tokens=rng.choice([16, 32, 50, 100, None]),
         borders=rng.choice(["device", "disk", "rebuild"]),
         states=rng.choice(["device", "disk"]),
         keep=rng.choice([1, 3, "all"]),
@@ -53,13 +55,18 @@ def _case(seed: int) -> tuple[list[nn.Module], Tensor, Plan, str]:
     return layers, x, plan, f"{'+'.join(kinds)} d={width} S={seq_len} {plan}"
 
 
-def _metered(step: Callable[[], Tensor], params: list[Tensor]) -> int:
-    """The peak of a forward and backward, the second of two: the first learns what it must about the layers."""
+def _metered(step: Callable[[], Any], params: list[Tensor]) -> int:
+    """The peak of a forward and backward, the second of two: the first learns what it must about the layers.
+
+    ``step`` returns the loss, or the stack's result, which is held to the end.
+    """
     for _ in range(2):
         for param in params:
             param.grad = None
         with MemoryMeter("cpu") as meter:
-            step().backward()
+            made = step()
+            loss = made if isinstance(made, Tensor) else _first(made[0]).sum()
+            loss.backward()
     return meter.peak_bytes
 
 
@@ -68,7 +75,7 @@ def test_predicted_peak_is_the_metered_peak(seed: int) -> None:
     layers, x, plan, label = _case(seed)
     stack = magc.GridCheckpoint(layers, plan)
     params = [x, *stack.parameters()]
-    measured = _metered(lambda: _first(stack(x)[0]).sum(), params)
+    measured = _metered(lambda: stack(x), params)
     predicted = magc.forecast(plan, layers, x).forecast
     assert predicted is not None
     assert predicted.peak_bytes == pytest.approx(measured, rel=WITHIN), label
@@ -106,7 +113,7 @@ def test_the_timeline_is_the_executed_one_action_by_action() -> None:
 def test_stem_head_and_states_are_predicted_too() -> None:
     torch.manual_seed(0)
     model = Mamba2LM(Mamba2Config(d_model=32, n_layer=4, vocab_size=100, d_state=16, headdim=16))
-    ids = torch.randint(0, 100, (2, 1024))
+    ids = torch.randint(0, 100, (2, 512))
     targets = ids.roll(-1, 1)
     for plan in (Plan.none(), Plan.per_layer(), Plan.sqrt(4), Plan.sequence(128), Plan(layers=2, tokens=256)):
         stack = magc.GridCheckpoint(model.layers, plan)
@@ -121,16 +128,16 @@ def test_stem_head_and_states_are_predicted_too() -> None:
 def test_the_metered_peak_stays_within_the_budget(kind: str) -> None:
     torch.manual_seed(0)
     layers = [MAKERS[name](32) for name in kind.split("+") * (4 // len(kind.split("+")))]
-    x = torch.randn(2, 1024, 32, requires_grad=True)
+    x = torch.randn(2, 256, 32, requires_grad=True)
     with pytest.raises(BudgetError) as raised:
         magc.plan(layers, x, budget=1000)
     least = int(str(raised.value).split("(budget=")[1].split(")")[0])
     times = []
-    for factor in (1.0, 1.5, 2.5, 5, 50):
+    for factor in (1.0, 2, 50):
         budget = int(least * factor)
         stack = magc.GridCheckpoint(layers, budget=budget)
         params: list[Tensor] = [x, *stack.parameters()]
-        assert _metered(lambda s=stack: _first(s(x)[0]).sum(), params) <= budget
+        assert _metered(lambda s=stack: s(x), params) <= budget
         plan = stack.plan_for(x)
         assert plan.forecast is not None
         times.append(plan.forecast.estimate.forwards_per_cell)

@@ -123,9 +123,7 @@ def test_more_snapshots_never_advance_more() -> None:
 def test_long_chains_are_fast_and_optimal(snapshots: int) -> None:
     steps = 2**17
     started = time.perf_counter()
-    advanced = sum(
-        action.stop - action.start for action in reversal(steps, snapshots) if isinstance(action, Advance)
-    )
+    advanced = sum(action.stop - action.start for action in reversal(steps, snapshots) if isinstance(action, Advance))
     assert advanced == optimal_advances(steps, snapshots)
     assert time.perf_counter() - started < 10
 

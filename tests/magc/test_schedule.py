@@ -63,13 +63,12 @@ def test_rebuilt_borders() -> None:
 def test_one_snapshot_on_disk() -> None:
     made = schedule(Plan(tokens=1, states="disk", snapshots=1), 1, 5)
     assert shown(made.forward()) == (
-        "run 0,0  save state 0,1 disk  run 0,1  run 0,2  save state 0,3 disk  run 0,3  record 0,4"
+        "run 0,0  run 0,1  save state 0,2 disk  run 0,2  save state 0,3 disk  run 0,3  record 0,4"
     )
     assert shown(made.backward()) == (
         "backward 0,4  load state 0,3  drop state 0,3  record 0,3  backward 0,3  "
-        "load state 0,1  run 0,1  record 0,2  backward 0,2  "
-        "load state 0,1  record 0,1  backward 0,1  drop state 0,1  "
-        "record 0,0  backward 0,0"
+        "load state 0,2  record 0,2  backward 0,2  drop state 0,2  "
+        "run 0,0  record 0,1  backward 0,1  record 0,0  backward 0,0"
     )
 
 

@@ -112,9 +112,7 @@ def test_dropout_draws_the_masks_of_the_module(name: str, batch_first: bool) -> 
     for a, b in zip(gradients(module, [x], [y]), gradients(module, [x], [y_ref]), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     # States are those before dropout, as in torch.nn.
-    for a, b in zip(
-        tensors(to_torch_state([s for s in states if s is not None])), tensors(h_ref), strict=True
-    ):
+    for a, b in zip(tensors(to_torch_state([s for s in states if s is not None])), tensors(h_ref), strict=True):
         assert torch.equal(a, b)
 
 
@@ -208,9 +206,7 @@ def test_layers_pickle_and_print() -> None:
 
 
 def test_refuses_modules_whose_layers_would_differ() -> None:
-    with pytest.raises(
-        LayerContractError, match=r"bidirectional: its outputs depend on later tokens.*flipped"
-    ):
+    with pytest.raises(LayerContractError, match=r"bidirectional: its outputs depend on later tokens.*flipped"):
         split_rnn(nn.LSTM(2, 3, bidirectional=True))
     with pytest.raises(InputError, match=r"nn\.LSTM, nn\.GRU or nn\.RNN, got Linear"):
         split_rnn(nn.Linear(2, 3))

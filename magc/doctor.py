@@ -1,0 +1,222 @@
+"""What `magc doctor` finds: versions, devices, implementations that run natively, optional parts, places for checkpoints."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import magc_kernels
+from magc.nn.operators import operators
+from magc.report import paragraph
+from magc.units import format_bytes
+
+Status = Literal["ok", "absent", "problem"]
+
+_MARKS = {"ok": "ok", "absent": "--", "problem": "!!"}
+_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*;.*extra\s*==\s*['\"]([\w-]+)['\"]")
+_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        topic: what it belongs to.
+        name: what it is.
+        status: ``"absent"`` is no fault, ``"problem"`` is one.
+        detail: what was found, and the remedy if there is one.
+    """
+
+    topic: str
+    name: str
+    status: Status
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Look at everything; changes nothing and allocates next to nothing."""
+    return [*_versions(), *_devices(), *_implementations(), *_extras(), *_places()]
+
+
+def as_text(findings: list[Finding]) -> str:
+    """The findings, a paragraph for each topic, and a line that counts the problems."""
+    topics: defaultdict[str, list[str]] = defaultdict(list)
+    for finding in findings:
+        topics[finding.topic].append(f"{_MARKS[finding.status]} {finding.name}: {finding.detail}")
+    problems = sum(finding.status == "problem" for finding in findings)
+    verdict = "no problems found" if not problems else f"{problems} problem{'s' * (problems > 1)}, marked !!"
+    return "\n".join([*(paragraph(topic, lines) for topic, lines in topics.items()), paragraph("verdict", [verdict])])
+
+
+def version() -> str:
+    """The version of the installed distribution.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: magc runs from a folder without being installed.
+    """
+    return metadata.version("magc")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# ---------------------------------------------------------------------- topics
+def _versions() -> Iterator[Finding]:
+    own = _installed("magc")
+    where = Path(__file__).parent
+    if own is None:
+        yield Finding("versions", "magc", "problem", f"runs from {where} and is not installed; pip install -e . there")
+    else:
+        yield Finding("versions", "magc", "ok", f"{own} in {where}")
+    yield Finding(
+        "versions", "Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    )
+    cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    yield Finding("versions", "torch", "ok", f"{torch.__version__}, {cuda}")
+    yield Finding("versions", "numpy", "ok", metadata.version("numpy"))
+    triton = _installed("triton")
+    if triton is None:
+        yield Finding("versions", "triton", "absent", "not installed; comes with CUDA builds of torch")
+    else:
+        yield Finding("versions", "triton", "ok", triton)
+
+
+def _devices() -> Iterator[Finding]:
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    simd = torch.backends.cpu.get_cpu_capability()
+    memory = f", {format_bytes(_physical_memory())} of memory" if _physical_memory() else ""
+    yield Finding("devices", "cpu", "ok", f"{cores} cores, {threads} used by torch, {simd}{memory}")
+    if not torch.cuda.is_available():
+        yield Finding("devices", "cuda", "absent", f"no GPU is available{_why_no_cuda()}; everything runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        yield Finding(
+            "devices",
+            f"cuda:{index}",
+            "ok",
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, {format_bytes(free)} of "
+            f"{format_bytes(total)} free",
+        )
+
+
+def _implementations() -> Iterator[Finding]:
+    """For every operator what there is, then what ``impl="auto"`` takes on each device."""
+    lacking = _why_no_triton()
+    for package in pkgutil.iter_modules(magc_kernels.__path__):
+        if not package.ispkg:
+            continue
+        module = import_module(f"magc_kernels.{package.name}")
+        inside = {part.name for part in pkgutil.iter_modules(module.__path__)}
+        yield Finding("operators", f"{package.name} 'reference'", "ok", "plain PyTorch, runs natively on every device")
+        if "kernel" not in inside:
+            yield Finding("operators", f"{package.name} kernel", "absent", "this version of magc has none")
+        elif lacking:
+            yield Finding("operators", f"{package.name} kernel", "absent", f"does not run here: {lacking}")
+        else:
+            yield Finding("operators", f"{package.name} kernel", "ok", "Triton, runs natively on the GPU")
+    for kind in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        yield Finding(
+            "operators", f"impl='auto' on {kind}", "ok", f"takes {operators('auto', torch.device(kind)).name!r}"
+        )
+
+
+def _extras() -> Iterator[Finding]:
+    """The distribution's own list of what each extra needs."""
+    try:
+        requirements = metadata.requires("magc") or []
+    except metadata.PackageNotFoundError:
+        yield Finding("extras", "all", "problem", "unknown, since magc is not installed; pip install -e . first")
+        return
+    wanted: defaultdict[str, list[str]] = defaultdict(list)
+    for requirement in requirements:
+        match = _REQUIREMENT.match(requirement)
+        if match is not None and match[1] != "magc" and match[2] != "dev":
+            wanted[match[2]].append(match[1])
+    for extra, names in wanted.items():
+        missing = [name for name in names if _installed(name) is None]
+        if missing:
+            detail = f"lacks {', '.join(missing)}; pip install 'magc[{extra}]'"
+            yield Finding("extras", extra, "absent", detail)
+        else:
+            yield Finding("extras", extra, "ok", ", ".join(f"{name} {_installed(name)}" for name in names))
+
+
+def _places() -> Iterator[Finding]:
+    folder = tempfile.gettempdir()
+    free = format_bytes(shutil.disk_usage(folder).free)
+    kind = _file_system(folder)
+    if not os.access(folder, os.W_OK):
+        yield Finding("checkpoints", "disk", "problem", f"{folder} is not writable; set TMPDIR, or pass disk_dir=")
+    elif kind in _IN_MEMORY:
+        detail = f"{free} free in {folder}, but that is {kind}: memory, not a disk; set TMPDIR, or pass disk_dir="
+        yield Finding("checkpoints", "disk", "problem", detail)
+    else:
+        yield Finding("checkpoints", "disk", "ok", f"{free} free in {folder}{f' ({kind})' if kind else ''}")
+    if not torch.cuda.is_available():
+        yield Finding("checkpoints", "pinned host", "absent", "not used without a GPU: host memory is the device's own")
+        return
+    try:
+        torch.empty(1 << 20, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        yield Finding("checkpoints", "pinned host", "problem", f"cannot be had ({reason}); raise the memlock limit")
+    else:
+        yield Finding("checkpoints", "pinned host", "ok", "can be had")
+
+
+# ---------------------------------------------------------------------- helpers
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return " (this torch is built without CUDA)"
+    return " (torch sees none: no driver, or CUDA_VISIBLE_DEVICES hides it)"
+
+
+def _why_no_triton() -> str:
+    reasons = ["triton is not installed"] if find_spec("triton") is None else []
+    if not torch.cuda.is_available():
+        reasons.append(f"no GPU is available{_why_no_cuda()}")
+    return ", ".join(reasons)
+
+
+def _physical_memory() -> int:
+    """Bytes of memory of the machine, 0 where the system does not say."""
+    if sys.platform == "win32" or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return 0
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _file_system(folder: str) -> str:
+    """Type of the file system that holds a folder; empty where the system does not say."""
+    mounts = Path("/proc/mounts")
+    if not mounts.is_file():
+        return ""
+    path = Path(folder).resolve()
+    found = ""
+    longest = -1
+    for line in mounts.read_text(errors="replace").splitlines():
+        _, point, kind, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        if path.is_relative_to(point) and len(point) >= longest:
+            found, longest = kind, len(point)
+    return found
