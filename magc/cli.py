@@ -105,8 +105,8 @@ def _plan(options: argparse.Namespace) -> int:
         print("\r\033[K", end="", file=sys.stderr)
     plan = model.plan(seq_len, budget=budget, host_budget=host_budget, disk=options.disk)
     weights = (
-        f"{format_count(model.parameters)} parameters, {format_bytes(model.weight_bytes)} of weights in {options.dtype} "
-        f"(they and the optimizer's state come on top of the budget)"
+        f"{model.parameters:,} parameters, {format_bytes(model.weight_bytes)} of weights in {options.dtype} (they and "
+        f"the optimizer's state come on top of the budget)"
     )
     print(paragraph("model", [f"{model.name}, {options.batch} x {seq_len:,} tokens: {weights}"]))
     print(plan.explain())
@@ -137,8 +137,8 @@ def _paper(model: SizedModel, plan: Plan, seq_len: int) -> list[str]:
     assert same is not None
     assert ours is not None
     lines = [
-        f"arXiv 2411.19460, Table 7, elements of 2 bytes for each layer: C_L {costs.c_layer:,}, C_S {costs.c_sequence:,}, "
-        f"C_grid {costs.c_grid:,}, C_state {costs.c_state:,}",
+        f"arXiv 2411.19460, Table 7, elements of 2 bytes for each layer: C_L {costs.c_layer:,}, C_S "
+        f"{costs.c_sequence:,}, C_grid {costs.c_grid:,}, C_state {costs.c_state:,}",
         f"its choice: cells of {layers} layers x {tokens:,} tokens, {format_bytes(2 * elements)} by Eq. 12-16 (without "
         f"gradients of parameters)",
         f"those cells here: {format_bytes(same.peak_bytes)} predicted peak with gradients of parameters, "

@@ -135,6 +135,7 @@ class CostModel:
         input_is_view: the input is on the device already, so that a segment of it takes no memory.
         needs_input_grad: a gradient of the whole input is made.
         host_is_device: the device is the CPU, so that host memory is device memory.
+        cell_seconds: host time that running, recording or back-propagating a cell costs whatever is in it.
         bandwidths: of copies to and from other tiers.
         longest_sample: the longest segment measured; beyond it numbers are extrapolated.
     """
@@ -146,6 +147,7 @@ class CostModel:
     input_is_view: bool = True
     needs_input_grad: bool = False
     host_is_device: bool = True
+    cell_seconds: float = 0.0
     bandwidths: Bandwidths = Bandwidths()
     longest_sample: int = 0
     _samples: dict[tuple[int, int], StageSample] = field(
@@ -195,12 +197,18 @@ class CostModel:
         if key not in self._cells:
             before_sample = None if before is None else self.sample(before, tokens)
             samples = [self.sample(stage, tokens) for stage in stages]
-            self._cells[key] = _compose(self.input_bytes(start, tokens), before_sample, stages, samples)
+            self._cells[key] = _compose(
+                self.input_bytes(start, tokens), self.cell_seconds, before_sample, stages, samples
+            )
         return self._cells[key]
 
 
 def _compose(
-    input_bytes: int, before: StageSample | None, stages: Sequence[StageCost], samples: Sequence[StageSample]
+    input_bytes: int,
+    cell_seconds: float,
+    before: StageSample | None,
+    stages: Sequence[StageCost],
+    samples: Sequence[StageSample],
 ) -> CellCost:
     """Put a cell together from its stages.
 
@@ -245,7 +253,7 @@ def _compose(
         first_backward_peak_single=backward_peaks[2],
         grad_bytes=grads,
         grad_bytes_single=grads_single,
-        run_seconds=sum(sample.run_seconds for sample in samples),
-        record_seconds=sum(sample.record_seconds for sample in samples),
-        backward_seconds=sum(sample.backward_seconds for sample in samples),
+        run_seconds=cell_seconds + sum(sample.run_seconds for sample in samples),
+        record_seconds=cell_seconds + sum(sample.record_seconds for sample in samples),
+        backward_seconds=cell_seconds + sum(sample.backward_seconds for sample in samples),
     )

@@ -1,4 +1,4 @@
-"""What `magc doctor` finds: versions, devices, implementations that run natively, optional parts, places for checkpoints."""
+"""What `magc doctor` finds: versions, devices, what runs natively, optional parts, places for checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -108,8 +108,9 @@ def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("devices", "cuda", "absent", f"no GPU is available{_why_no_cuda()}; everything runs on the CPU")
         return
+    cuda: Any = torch.cuda  # what it returns has no type
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+        properties = cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         yield Finding(
             "devices",

@@ -124,7 +124,9 @@ def with_notes(given: Plan, notes: tuple[str, ...]) -> Plan:
 def stack_notes(request: Request) -> tuple[str, ...]:
     """The runner of a request's cells, and the implementations behind the layers that say which they use."""
     used = Counter(name for stage in request.stack.layers for name in set(_implementations(stage, request.device)))
-    shown = ", ".join(f"{name!r} in {count} of {len(request.stack.layers)} layers" for name, count in used.items())
+    plain = {"reference": " (plain PyTorch)"}
+    layers = len(request.stack.layers)
+    shown = ", ".join(f"{name!r}{plain.get(name, '')} in {count} of {layers} layers" for name, count in used.items())
     return ("cells run eagerly", *([f"implementation of magc.nn's operators: {shown}"] if used else []))
 
 

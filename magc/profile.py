@@ -7,6 +7,7 @@ times. Random numbers, gradients and the stack's memory are as before afterwards
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,13 @@ from magc.accumulate import make_proxies
 from magc.ambient import Ambient, RngState
 from magc.contract import call_layer
 from magc.cost import Bandwidths, CostModel, StageCost, StageSample
-from magc.engine import Request
+from magc.engine import Execution, Request
 from magc.meter import MemoryMeter
+from magc.plan import Plan
 from magc.runners.eager import CellInputs, CellNeeds, CellOutputs, EagerRunner, differentiable_mask
-from magc.stack import Stack, StackMemory, Stage, StageKind, swapped
+from magc.schedule import Schedule
+from magc.source import SegmentSource
+from magc.stack import Stack, StackMemory, Stage, StageKind, build_stack, swapped
 from magc.tree import Flat, PyTree, is_differentiable, nbytes
 
 META_FLOPS = 400e12
@@ -366,9 +370,40 @@ def _build(
         input_is_view=bool(request.inputs.flat.tensors) and all(leaf.device == request.device for leaf in tensors),
         needs_input_grad=any(request.needs_x),
         host_is_device=request.device.type in ("cpu", "meta"),
+        cell_seconds=_cell_seconds(request.device),
         bandwidths=Bandwidths(),
         longest_sample=max(samples),
     )
+
+
+class _Nothing(nn.Module):
+    """The cheapest layer there is: what a grid of it costs, cells cost."""
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One addition."""
+        y = x + 1
+        return y, y[:, -1]
+
+
+def _cell_seconds(device: torch.device, cells: int = 64) -> float:
+    """Host time per action on a cell: the best of three grids of next to nothing."""
+    if device.type == "meta":
+        return META_LAUNCH_SECONDS
+    stack = build_stack([_Nothing()])
+    x = torch.zeros(1, cells, 1, device=device, requires_grad=True)
+    source = SegmentSource("x", x, 1, None)
+    request = Request(stack, source, {}, None, (None,), (True,), ((),), device, torch.float32)
+    schedule = Schedule(Plan(tokens=1), Plan(tokens=1).grid(1, cells))
+    best = math.inf
+    for _ in range(3):
+        _wait(device)
+        start = time.perf_counter()
+        execution = Execution(request, schedule)
+        result = execution.forward()
+        execution.backward([torch.ones_like(leaf) for leaf in result.y.tensors], [(None,)])
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best / (3 * cells)
 
 
 def _grad_bytes(request: Request, stack: Stack) -> list[tuple[int, int]]:

@@ -174,3 +174,50 @@ def test_meta_layers_are_measured_without_memory() -> None:
     assert on_cpu is not None
     assert on_meta.peak_bytes == pytest.approx(on_cpu.peak_bytes, rel=0.02)
     assert on_meta.estimate.seconds > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan.none(),
+        Plan.per_layer(),
+        Plan(layers=2, tokens=1024),
+        Plan(layers=4, tokens=1024, borders="host", states="host"),
+        Plan(tokens=1024, states="disk"),
+        Plan(layers=2, tokens=512, borders="rebuild", states="host", keep=9),
+        Plan(tokens=512, snapshots=2),
+    ],
+    ids=str,
+)
+def test_predicted_peak_on_cuda(plan: Plan) -> None:
+    torch.manual_seed(0)
+    config = Mamba2Config(d_model=512, n_layer=8, vocab_size=1000)
+    model = Mamba2LM(config, device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(0, 1000, (1, 4096))
+    targets = ids.roll(-1, 1)
+    stack = magc.GridCheckpoint(model.layers, plan)
+    for _ in range(2):
+        model.zero_grad()
+        with MemoryMeter("cuda") as meter:
+            stack.loss(ids, targets, stem=model.stem, head=model.head).backward()
+    found = magc.forecast(plan, list(model.layers), ids, stem=model.stem, head=model.head, targets=targets).forecast
+    assert found is not None
+    assert found.peak_bytes == pytest.approx(meter.peak_bytes, rel=WITHIN)
+
+
+@pytest.mark.gpu
+def test_budget_holds_on_cuda() -> None:
+    torch.manual_seed(0)
+    model = Mamba2LM(Mamba2Config(d_model=512, n_layer=8, vocab_size=1000), device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(0, 1000, (1, 8192))
+    for budget in ("400MiB", "800MiB", "4GiB"):
+        stack = magc.GridCheckpoint(model.layers, budget=budget, host_budget="2GiB")
+        peaks = []
+        for _ in range(2):
+            model.zero_grad()
+            with MemoryMeter("cuda") as meter:
+                stack.loss(ids, ids.roll(-1, 1), stem=model.stem, head=model.head).backward()
+            peaks.append(meter.peak_bytes)
+        assert stack.budget is not None
+        assert peaks[-1] <= stack.budget
