@@ -1,7 +1,7 @@
 """Does a layer keep the contract? Runs it whole and in segments and compares every number that comes out.
 
-Cheap (a few forwards and backwards on an example) and never needed: the engine refuses what it can see at no cost. Only a
-comparison shows a layer that looks ahead, a state that forgets something, or a state without a gradient.
+Cheap (a few forwards and backwards on an example) and never needed: the engine refuses what it can see at no cost. Only
+a comparison shows a layer that looks ahead, a state that forgets something, or a state without a gradient.
 """
 
 from __future__ import annotations
@@ -109,13 +109,12 @@ def check(
         LayerContractError: it breaks the contract; the message names the tensor, the place and the likely cause.
         InputError: an example that cannot work: NaN, fewer than two tokens, a layer that draws random numbers.
     """
-    layers: Sequence[Callable[..., Any]]
-    if isinstance(layer, nn.ModuleList | Sequence):
-        layers = list(layer)
-        states = state
+    if isinstance(layer, Sequence):
+        layers, states = list(layer), state
+    elif isinstance(layer, nn.ModuleList):
+        layers, states = [*layer], state
     else:
-        layers = [layer]
-        states = None if state is None else [state]
+        layers, states = [layer], None if state is None else [state]
     with torch.enable_grad():
         return _Check(layers, x, states, side, seq_dim, segments, rtol, atol).run()
 
@@ -191,8 +190,8 @@ class _Check:
             whole = self._numbers(None)
             if not RngState.capture(device).equals(before):
                 raise InputError(
-                    "the layer draws random numbers (dropout?), so that its run over the whole example and over segments "
-                    "cannot agree; call layer.eval() first, or set its dropout to 0"
+                    "the layer draws random numbers (dropout?), so that its run over the whole example and over "
+                    "segments cannot agree; call layer.eval() first, or set its dropout to 0"
                 )
             self._refuse_nonfinite(whole)
             self._refuse_differences(whole, self._numbers(None), None)
@@ -226,14 +225,14 @@ class _Check:
                         if old is not None and now is not None and not _same_bits(old, now):
                             raise LayerContractError(
                                 f"{stage.name} wrote into the state it was given (state{path}, {describe(old)}) behind "
-                                f"torch's back (.data, NumPy, a custom kernel). A state is a value: make a new tensor and "
-                                f"return that"
+                                f"torch's back (.data, NumPy, a custom kernel). A state is a value: make a new tensor "
+                                f"and return that"
                             )
                 unnoticed = versions == [version(leaf) for leaf in given.tensors]
                 if unnoticed and not all(map(_same_bits, kept.tensors, given.tensors)):
                     raise LayerContractError(
-                        f"{stage.name} wrote into its input behind torch's back (.data, NumPy, a custom kernel), which may "
-                        f"be a checkpoint. Write into a copy (x.clone())"
+                        f"{stage.name} wrote into its input behind torch's back (.data, NumPy, a custom kernel), which "
+                        f"may be a checkpoint. Write into a copy (x.clone())"
                     )
                 new_states.append(new_state)
             states = tuple(new_states)
@@ -276,8 +275,8 @@ class _Check:
             if bool(bad.any()):
                 index = _index(bad.flatten().int().argmax(), tensor)
                 raise LayerContractError(
-                    f"the {name} ({describe(tensor)}) of the whole example is {tensor[index].item()} at {index} though all "
-                    f"inputs are finite; nothing can be compared"
+                    f"the {name} ({describe(tensor)}) of the whole example is {tensor[index].item()} at {index} though "
+                    f"all inputs are finite; nothing can be compared"
                 )
 
     # ------------------------------------------------------------------ comparison
@@ -290,7 +289,8 @@ class _Check:
             actual: Mapping[str, Tensor] = getattr(other, kind)
             if expected.keys() != actual.keys():
                 raise LayerContractError(
-                    f"run over segments {lengths}, the layer gives {sorted(actual)}, but over the whole {sorted(expected)}"
+                    f"run over segments {lengths}, the layer gives {sorted(actual)}, but over the whole "
+                    f"{sorted(expected)}"
                 )
             scale = max((_largest(tensor) for tensor in expected.values()), default=0.0)
             for name, want in expected.items():
@@ -338,20 +338,20 @@ class _Check:
         )
         if kind == "gradients":
             return (
-                f"{head}, although outputs and states agree. Probably the state it returns carries no gradient: look for "
-                f"detach(), .data, .item() or no_grad on the way to new_state"
+                f"{head}, although outputs and states agree. Probably the state it returns carries no gradient: look "
+                f"for detach(), .data, .item() or no_grad on the way to new_state"
             )
         if kind == "states":
             return f"{head}, although the outputs agree. Probably new_state does not cover the segment's last tokens"
         if token < lengths[0]:
             return (
-                f"{head}. Token {token} lies in the first segment, so its output depends on tokens after {lengths[0] - 1}: "
-                f"the layer looks ahead (is not causal), or uses the length of what it is given (a norm, mean or position "
-                f"counted over the sequence)"
+                f"{head}. Token {token} lies in the first segment, so its output depends on tokens after "
+                f"{lengths[0] - 1}: the layer looks ahead (is not causal), or uses the length of what it is given (a "
+                f"norm, mean or position counted over the sequence)"
             )
         return (
-            f"{head}. Probably the state lacks something that later tokens need (a convolution's last inputs, a position, a "
-            f"running sum), or the layer ignores the state it is given"
+            f"{head}. Probably the state lacks something that later tokens need (a convolution's last inputs, a "
+            f"position, a running sum), or the layer ignores the state it is given"
         )
 
 
@@ -409,7 +409,7 @@ def _gradients(outputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> dict[
             weights.append(weight.to(output.device, output.dtype))
     if not roots:
         return {}
-    made = torch.autograd.grad(roots, list(leaves.values()), weights, allow_unused=True)
+    made: Sequence[Tensor | None] = torch.autograd.grad(roots, list(leaves.values()), weights, allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if grad is None else grad.detach()
         for (name, leaf), grad in zip(leaves.items(), made, strict=True)

@@ -363,7 +363,7 @@ def make_request(
         accumulate,
         disk_dir,
         observer,
-        grad,
+        grad=grad,
     )
 
 

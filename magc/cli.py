@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magc.errors import MagcError
@@ -98,6 +99,10 @@ def _plan(options: argparse.Namespace) -> int:
     seq_len = parse_tokens(options.seq_len)
     budget = parse_bytes(options.budget)
     host_budget = 0 if options.host_budget is None else parse_bytes(options.host_budget)
+    if options.plot is not None:
+        from magc.plot import make_figure
+
+        make_figure(Path(options.plot))  # says now what it would say in the end
     dtype = DTYPES[options.dtype]
     progress = _progress if sys.stderr.isatty() else None
     model = trace(options.model, batch=options.batch, dtype=dtype, head=options.head, progress=progress)

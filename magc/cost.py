@@ -162,6 +162,10 @@ class CostModel:
         if not self.stages:
             raise PlanError("a cost model needs at least one layer")
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles start with empty caches: those are keyed by the identity of the stages here."""
+        return {**self.__dict__, "_samples": {}, "_cells": {}}
+
     @property
     def n_layers(self) -> int:
         """Number of layers."""

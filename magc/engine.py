@@ -16,6 +16,7 @@ from magc.accumulate import GradAccumulator, make_proxies
 from magc.ambient import Ambient, RngState, RngTape, recomputing
 from magc.collect import GradInput, LossOutput, OutputCollector, TokenOutput
 from magc.errors import LayerContractError, RecomputeError
+from magc.pinned import PinnedPool
 from magc.runners.eager import CellInputs, CellNeeds, CellOutputs, EagerRunner, Tape, differentiable_mask
 from magc.schedule import Action, Backward, Drop, Forget, Kind, Load, Record, Run, Save, Schedule
 from magc.source import SegmentSource
@@ -43,6 +44,7 @@ class Request:
         accumulate: dtype in which parameter gradients are summed over cells.
         disk_dir: where the disk store makes its directory; None for the system's temporary folder.
         observer: sees every action.
+        pool: pinned memory to reuse; None lets each call pin its own.
         grad: whether grad mode was on in the call.
     """
 
@@ -57,6 +59,7 @@ class Request:
     accumulate: torch.dtype
     disk_dir: str | None = None
     observer: Observer | None = None
+    pool: PinnedPool | None = None
     grad: bool = True
 
 
@@ -92,7 +95,7 @@ class Execution:
         self._watched = list(_unsaved(request)) if schedule.lowest < schedule.grid.groups else []
         self._rng = RngTape(request.device)
         self._rng_start = RngState.capture(request.device)
-        self._store = CheckpointStore(request.device, request.disk_dir)
+        self._store = CheckpointStore(request.device, request.disk_dir, pool=request.pool)
         self._initial = tuple(None if state is None else state.map(Tensor.detach) for state in request.states)
         self._accumulator = GradAccumulator(request.stack.params, request.accumulate, self._single_use())
         self._proxies: list[nn.Parameter] | None = None
@@ -355,8 +358,8 @@ def _unsaved(request: Request) -> Iterator[tuple[str, Tensor, int]]:
     """What a recompute reads beside the tensors that autograd saves: a name, the tensor, its version now."""
     for stage in request.stack.stages:
         for module in stage.modules:
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and not tensor.requires_grad:
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if not tensor.requires_grad:
                     yield f"{name!r} of {stage.name}", tensor, version(tensor)
     for source in (*request.side.values(), *(() if request.targets is None else (request.targets,))):
         for path, leaf in zip(source.flat.paths(), source.flat.leaves, strict=True):

@@ -73,7 +73,7 @@ class Timeline:
 def timeline(plan: Plan, forecast: Forecast, *, most_cells: int = MOST_CELLS) -> Timeline:
     """Simulate a plan's schedule, or that of as many of its segments as ``most_cells`` allows.
 
-    Each of fewer segments stands for several: its time, its stored checkpoints and its kept activations count that many
+    Each of fewer segments stands for several: its time, output, stored checkpoints and kept activations count that many
     times. States stored by the binomial schedule do not grow so, and count as in the shorter sequence.
 
     Raises:
@@ -93,6 +93,8 @@ def timeline(plan: Plan, forecast: Forecast, *, most_cells: int = MOST_CELLS) ->
             more[index] = nbytes * (stretch - 1)
     tapes = np.zeros(len(Term))
     tapes[list(Term).index(Term.ACTIVATIONS)] = (stretch - 1) * sum(cell.tape_bytes for cell in cells[full.lowest :])
+    whole = np.ones(len(Term))
+    whole[list(Term).index(Term.OUTPUT)] = stretch
     turning = schedule.turning  # the last segment with a cell that is not kept
     ledger = Ledger(schedule, forecast.costs)
     seconds: list[float] = []
@@ -106,7 +108,8 @@ def timeline(plan: Plan, forecast: Forecast, *, most_cells: int = MOST_CELLS) ->
             if ledger.seconds > before:  # what takes no time has no width
                 seconds.append(ledger.seconds * stretch)
                 segment = action.segment
-                rows.append(ledger.breakdown + more * min(segment, turning + 1) + tapes * max(0, segment - turning - 1))
+                stored = more * min(segment, turning + 1) + tapes * max(0, segment - turning - 1)
+                rows.append(np.array(ledger.breakdown) * whole + stored)
 
     carry_out(schedule.forward())
     turn = ledger.seconds * stretch
@@ -177,6 +180,24 @@ def named_plans(plan: Plan, forecast: Forecast) -> dict[str, Candidate]:
     }
 
 
+def make_figure(path: Path) -> Any:
+    """An empty matplotlib figure that can be saved under a name.
+
+    Raises:
+        PlanError: the suffix is of no known format.
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("matplotlib", "demo", "plotting a plan") from error
+    figure = Figure(figsize=(13, 5.4), dpi=120, layout="constrained")
+    if path.suffix.lstrip(".") not in FigureCanvasAgg(figure).get_supported_filetypes():
+        raise PlanError(f"cannot write a plot to {str(path)!r}: end the name in .png, .svg or .pdf")
+    return figure
+
+
 def plot_plan(plan: Plan, path: str | Path) -> Path:
     """Draw a plan with its forecast into a file.
 
@@ -196,16 +217,8 @@ def plot_plan(plan: Plan, path: str | Path) -> Path:
     """
     if plan.forecast is None:
         raise PlanError(f"the plan ({plan}) has no forecast to draw; magc.forecast(plan, layers, example) makes one")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("matplotlib", "demo", "plotting a plan") from error
     path = Path(path)
-    figure: Any = Figure(figsize=(13, 5.4), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if path.suffix.lstrip(".") not in canvas.get_supported_filetypes():
-        raise PlanError(f"cannot write a plot to {str(path)!r}: end the name in .png, .svg or .pdf")
+    figure = make_figure(path)
     left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
     _draw_timeline(left, plan, plan.forecast)
     _draw_tradeoff(right, plan, plan.forecast)

@@ -59,7 +59,7 @@ def explain(plan: Plan, forecast: Forecast) -> str:
 
 
 def next_faster(planner: Planner, forecast: Forecast, *, gain: float = GAIN) -> tuple[Candidate, int] | None:
-    """The plan at the smallest device budget that saves ``gain`` of the forecast's time, and that budget in bytes.
+    """The plan at the smallest device budget that saves ``gain`` of the forecast's time, and that budget to 0.5 %.
 
     Args:
         planner: of the same stack and sequence.
@@ -90,7 +90,7 @@ def next_faster(planner: Planner, forecast: Forecast, *, gain: float = GAIN) -> 
         middle = round(math.sqrt(low * high))
         found = at(middle)
         low, high, best = (low, middle, found) if found is not None else (middle, high, best)
-    return best, min(high, math.ceil(best.estimate.peak_bytes / (1 - MARGIN)) + 1)
+    return best, high
 
 
 # ---------------------------------------------------------------------- paragraphs
@@ -176,7 +176,8 @@ def _limits(plan: Plan, forecast: Forecast) -> Iterator[str]:
     faster = next_faster(planner, forecast)
     if faster is not None:
         candidate, needed = faster
-        yield f"device budget: with {format_bytes(needed)} (budget={needed}) {_versus(candidate, forecast)}"
+        more = f"{format_bytes(needed)} ({needed / budget - 1:.1%} more, budget={needed})"
+        yield f"device budget: with {more} {_versus(candidate, forecast)}"
         helped = True
     if not forecast.costs.host_is_device:
         more = _planned(_planner(forecast, host=True, disk=forecast.disk), budget, 1 << 60)

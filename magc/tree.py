@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -98,3 +99,35 @@ def compact(tensor: Tensor) -> Tensor:
 def version(tensor: Tensor) -> int:
     """The tensor's in-place version; inference tensors have none and count as unchanged."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def duplicate(tensor: Tensor) -> Tensor:
+    """A differentiable copy that operators treat like the tensor: its axes in the same order, gaps where it has gaps,
+    and every element at the same address modulo 64 bytes.
+
+    ``clone`` closes the gaps of a segment cut from a longer sequence and aligns its start. Operators then fuse other
+    axes, matrix libraries take other paths, and both round differently. A tensor with elements that share memory is
+    returned as it is: torch refuses to write into it.
+    """
+    line = 64 // tensor.element_size()
+    strides = [1] * tensor.dim()
+    # Elements up to the last one so far, and the stride with which the next axis would follow without a gap; of both.
+    reach, dense, copy_reach, copy_dense = 1, 1, 1, 1
+    for axis in sorted(range(tensor.dim()), key=tensor.stride):
+        size, stride = tensor.shape[axis], tensor.stride(axis)
+        if size <= 1:
+            continue
+        if stride < reach:
+            return tensor
+        if stride == dense:
+            strides[axis] = copy_dense
+        else:
+            strides[axis] = copy_reach + (stride - copy_reach) % line
+            strides[axis] += line if strides[axis] == copy_dense else 0
+        reach, dense = reach + (size - 1) * stride, size * stride
+        copy_reach, copy_dense = copy_reach + (size - 1) * strides[axis], size * strides[axis]
+    start = tensor.data_ptr() % 64 // tensor.element_size()
+    with torch.no_grad():
+        memory = torch.empty(start + copy_reach, dtype=tensor.dtype, device=tensor.device)
+        copy = memory.as_strided(tensor.shape, strides, start).detach()
+    return copy.copy_(tensor)

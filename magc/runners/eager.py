@@ -14,7 +14,7 @@ from magc.ambient import Ambient
 from magc.contract import call_layer
 from magc.errors import InputError, LayerContractError
 from magc.stack import Stack, Stage, StageKind, swapped
-from magc.tree import Flat, PyTree, compact, describe, flatten, is_differentiable, version
+from magc.tree import Flat, PyTree, compact, describe, duplicate, flatten, is_differentiable, version
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class EagerRunner:
         if writes_input is not False:
             # Until the group is known to leave its input alone it works on a copy: the input is a checkpoint, or the
             # caller's own tensor.
-            x_flat = x_flat.map(Tensor.clone)
+            x_flat = x_flat.map(duplicate)
         versions = [None if leaf is None else version(leaf) for leaf in x_flat.leaves]
         outputs = self._call_stages(stages, inputs, x_flat.tree(), cut)
         wrote = any(
@@ -223,7 +223,7 @@ class EagerRunner:
                     state = next(states)
                     if state is not None and stage.name not in self._stack.memory.keeps_state:
                         # It is a checkpoint, or the caller's own: an error alone would come too late for it.
-                        state = state.map(Tensor.clone)
+                        state = state.map(duplicate)
                     x, new_state = call_layer(
                         stage.name, stage.call, x, state, inputs.side, stateless_layer=stage.stateless
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -30,7 +31,7 @@ def compositions(draw: st.DrawFn, total: int) -> tuple[int, ...]:
     """Positive sizes that sum to ``total``."""
     cuts = draw(st.sets(st.integers(1, total - 1))) if total > 1 else set()
     edges = [0, *sorted(cuts), total]
-    return tuple(stop - start for start, stop in zip(edges, edges[1:], strict=False))
+    return tuple(stop - start for start, stop in pairwise(edges))
 
 
 def sizes(total: int) -> st.SearchStrategy[int | tuple[int, ...] | None]:
@@ -55,7 +56,7 @@ def plans(draw: st.DrawFn, n_layers: int, tokens: int) -> Plan:
 def cases(draw: st.DrawFn) -> Case:
     """A stack of up to five layers over up to nine tokens."""
     kinds = tuple(draw(st.lists(st.sampled_from(KINDS[:-1]), min_size=1, max_size=4)))
-    merges = sum(one == "mamba2" and other != "mamba2" for one, other in zip(kinds, kinds[1:], strict=False))
+    merges = sum(one == "mamba2" and other != "mamba2" for one, other in pairwise(kinds))
     n_layers, tokens = len(kinds) + merges, draw(st.integers(1, 9))
     return Case(
         kinds,

@@ -285,7 +285,7 @@ def test_sources_that_give_other_tokens_than_asked_for() -> None:
 
 
 def test_errors_of_a_layer_name_it() -> None:
-    with pytest.raises(RuntimeError, match="input.size") as caught:
+    with pytest.raises(RuntimeError, match=r"input\.size") as caught:
         grid_checkpoint([Cell(), RNN(nn.GRU, WIDTH + 1)], X, plan=Plan(tokens=2))
     assert caught.value.__notes__ == ["raised while magc ran layer 1 (RNN)"]
 

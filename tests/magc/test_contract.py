@@ -100,7 +100,7 @@ def test_broken_layers_are_refused(name: str) -> None:
 LAST: dict[str, tuple[Callable[[Tensor, Any, int], Any], str]] = {
     "drops a token": (
         lambda x, state, call: (x[:, 1:], x[:, -1]),
-        r"layer 0 \(Layer\) was given 2 tokens but its output is \(2, 1, 4\) .*along axis 1 it must have as many tokens",
+        r"layer 0 \(Layer\) was given 2 tokens but its output is \(2, 1, 4\) .*it must have as many tokens",
     ),
     "drops the sequence axis": (
         lambda x, state, call: (x.sum((1, 2)), x[:, -1]),
@@ -116,7 +116,7 @@ LAST: dict[str, tuple[Callable[[Tensor, Any, int], Any], str]] = {
     ),
     "changes the width": (
         lambda x, state, call: (x if call == 0 else x[:, :, :1], x[:, -1]),
-        r"returned output as \(2, 2, 1\) float32 on cpu for tokens 2 to 4, where segments before make \(2, 2, 4\) float32",
+        r"returned output as \(2, 2, 1\) float32 on cpu for tokens 2 to 4, where segments before make \(2, 2, 4\)",
     ),
     "changes the dtype": (
         lambda x, state, call: (x if call == 0 else x.double(), x[:, -1]),
@@ -168,7 +168,7 @@ def test_unknown_parameters_are_refused_in_the_forward(plan: Plan, others_train:
     hidden = nn.Linear(WIDTH, WIDTH)
     layers: list[Any] = [Cell().requires_grad_(others_train)]
     layers.insert(place, lambda x, state=None: (hidden(x), x[:, -1]))
-    message = r"needs a gradient but is neither an input, a state, nor a registered parameter .*Register it as an nn\.Parameter"
+    message = r"needs a gradient but is neither an input, a state, nor a registered parameter .*Register it as"
     with pytest.raises(LayerContractError, match=message):
         grid_checkpoint(layers, torch.ones(2, 5, WIDTH), plan=plan)
     with torch.no_grad():

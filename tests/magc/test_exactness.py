@@ -124,7 +124,7 @@ class Parametrized(nn.Module):
 def test_gradcheck() -> None:
     torch.manual_seed(0)
     layers = [*make_stack(("cell", "mamba2")), stateless(Merge()), Parametrized(), *make_stack(("lstm",))]
-    x = torch.randn(1, 4, WIDTH, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 3, WIDTH, dtype=torch.float64, requires_grad=True)
     states: list[Any] = [None] * 5
     h, weight = torch.randn(1, WIDTH, dtype=torch.float64), torch.randn(WIDTH, WIDTH, dtype=torch.float64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from magc import Plan, grid_checkpoint
+from magc.tree import duplicate
 from tests.magc.layers import (
     RNN,
     WIDTH,
@@ -169,3 +171,46 @@ def test_many_segments_of_many_sizes() -> None:
     for tokens in [*range(1, 40), (36, 1), (1, 36), (5, 30, 2)]:
         y, states = grid_checkpoint(layers, x, plan=Plan(layers=1, tokens=tokens))
         assert_same_gradients(gradients(objective(y, states), parameters(layers)), expected)
+
+
+def test_a_layers_first_input_is_laid_out_like_the_next_ones() -> None:
+    """Until a layer is known not to write into its input it gets a copy, for which operators must round alike."""
+    base = torch.randn(3, 10, 5)
+    for tensor in (
+        base,
+        base[:, 2:5],
+        base[:, 2:3],
+        base[:, 3],
+        base.transpose(0, 1)[1:4],
+        base[..., ::2],
+        base[..., 1:4],
+        base.permute(2, 0, 1)[:, :2],
+        base[:1].expand(3, 10, 5),
+        base.double()[:, 1:4],
+        base.bfloat16()[1:, 1:4],
+        base[:, :, 0],
+        torch.randn(()),
+        torch.empty(0, 3),
+    ):
+        copy = duplicate(tensor)
+        assert torch.equal(copy, tensor)
+        assert copy.is_contiguous() == tensor.is_contiguous()
+        if tensor.numel() and 0 not in tensor.stride():
+            assert copy.data_ptr() != tensor.data_ptr()
+            assert copy.untyped_storage().nbytes() <= 2 * base.nbytes + 64 * (1 + tensor.numel())
+            for index in itertools.product(*(range(size) for size in tensor.shape)):
+                assert (copy[index].data_ptr() - tensor[index].data_ptr()) % 64 == 0
+    leaf = torch.randn(2, 5, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(duplicate(leaf[:, 1:3]).sum(), leaf)
+    assert grad.sum() == 12
+
+
+@pytest.mark.parametrize("width", [3, 5, 8, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_odd_widths_have_the_bits_of_a_plain_loop(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = [RNN(nn.LSTM, width, dtype=dtype), Cell(width, dtype=dtype), RNN(nn.GRU, width, dtype=dtype)]
+    x = torch.randn(3, 11, width, dtype=dtype)
+    for plan in (Plan(tokens=1), Plan(layers=1, tokens=4), Plan(tokens=(3, 8))):
+        y, states = grid_checkpoint(layers, x, plan=plan)
+        assert_same_bits((y, list(states)), plain(layers, x, bounds=segment_bounds(plan, layers, 11)))

@@ -55,10 +55,10 @@ def run(layers: Sequence[nn.Module], x: Tensor, weight: Tensor, plan: Plan, **op
 
 @functools.cache
 def errors(setting: str, segments: int, accumulate: torch.dtype = torch.float32) -> Tensor:
-    """Relative error of every parameter's gradient, ``|g - g64| / |g64|``, for three seeds; `(seeds, parameters)`.
+    """Relative error of every parameter's gradient, ``|g - g64| / |g64|``, for three seeds: (seeds, parameters).
 
-    ``g64`` is the gradient in float64 of the same model with the values of the low-precision parameters and inputs, so the
-    error is that of all low-precision arithmetic, forward and backward, of which accumulation is a part.
+    ``g64`` is the gradient in float64 of the same model with the values of the low-precision parameters and inputs, so
+    the error is that of all low-precision arithmetic, forward and backward, of which accumulation is a part.
     """
     found: list[list[float]] = []
     for seed in range(3):

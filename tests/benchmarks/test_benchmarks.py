@@ -1,0 +1,63 @@
+"""The benchmarks collect, one runs, and its result file becomes a table and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks.summarize import as_markdown, draw
+
+ROOT = Path(__file__).parents[2]
+
+
+def _pytest(*arguments: str) -> str:
+    # Arguments and plugins of the run that this test is in are not for the one that it starts.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "--device", "cpu", "-p", "no:cacheprovider", *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_one_benchmark(tmp_path: Path) -> None:
+    results, picture = tmp_path / "results.json", tmp_path / "picture.png"
+    _pytest(
+        "benchmarks", "-k", "test_length and 4096 and disk or test_method and lstm and sequence",
+        "--benchmark-only", f"--benchmark-json={results}",
+    )  # fmt: skip
+    data = json.loads(results.read_text())
+    infos = {benchmark["extra_info"]["kind"]: benchmark["extra_info"] for benchmark in data["benchmarks"]}
+    assert set(infos) == {"method", "length"}
+    assert infos["method"]["predicted_peak_bytes"] == pytest.approx(infos["method"]["peak_bytes"], rel=0.1)
+    assert infos["method"]["forwards"] == infos["method"]["predicted_forwards"] == 1.75
+    assert set(data["machine_info"]) == {
+        "python", "system", "architecture", "torch", "device", "simd", "cores", "threads",
+    }  # fmt: skip
+    text = as_markdown(results)
+    assert "### lstm, 8 layers, 4 x 1,024 tokens" in text
+    assert "| 4,096 | states on disk | " in text
+    draw(results, picture)
+    assert picture.stat().st_size > 10_000
+
+
+def test_all_collect() -> None:
+    listed = _pytest("benchmarks", "--collect-only")
+    for name in ("bench_methods.py", "bench_lengths.py", "bench_planner.py"):
+        assert name in listed
+
+
+def test_stored_results_name_no_machine() -> None:
+    stored = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert stored
+    for path in stored:
+        data = json.loads(path.read_text())
+        assert not {"node", "release", "hostname"} & set(data["machine_info"])
+        assert set(data["commit_info"]) <= {"id", "dirty"}
+        assert as_markdown(path).startswith(data["datetime"][:10])
