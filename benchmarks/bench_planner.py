@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,9 +25,7 @@ def costs() -> CostModel:
 
 def _fresh(costs: CostModel) -> CostModel:
     """The same costs without what an earlier plan has worked out."""
-    costs._samples.clear()
-    costs._cells.clear()
-    return costs
+    return replace(costs)
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["device", "host and disk"])

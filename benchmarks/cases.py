@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from magc import GridCheckpoint, MemoryMeter, Plan
-from magc.checkpoint import make_request
 from magc.cost import CostModel
 from magc.integrations.torch_rnn import split_rnn
 from magc.nn import Mamba2Config, Mamba2LM
 from magc.profile import profile
+from magc.request import make_request
 from magc.stack import build_stack
 
 VOCABULARY = 256

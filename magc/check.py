@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from magc.ambient import RngState
-from magc.checkpoint import grid_checkpoint, make_request
+from magc.checkpoint import grid_checkpoint
 from magc.contract import call_layer
-from magc.engine import Request
 from magc.errors import InputError, LayerContractError
 from magc.plan import Plan
+from magc.request import Request, make_request
 from magc.stack import Stack, build_stack, swapped
 from magc.tree import Flat, PyTree, describe, flatten, is_differentiable, version
 
@@ -109,12 +109,10 @@ def check(
         LayerContractError: it breaks the contract; the message names the tensor, the place and the likely cause.
         InputError: an example that cannot work: NaN, fewer than two tokens, a layer that draws random numbers.
     """
-    if isinstance(layer, Sequence):
-        layers, states = list(layer), state
-    elif isinstance(layer, nn.ModuleList):
-        layers, states = [*layer], state
-    else:
-        layers, states = [layer], None if state is None else [state]
+    layers: Sequence[Callable[..., Any]] = [cast("Callable[..., Any]", layer)]
+    states = None if state is None else [state]
+    if isinstance(layer, Sequence | nn.ModuleList):
+        layers, states = cast("Sequence[Callable[..., Any]]", layer), state
     with torch.enable_grad():
         return _Check(layers, x, states, side, seq_dim, segments, rtol, atol).run()
 
@@ -409,10 +407,11 @@ def _gradients(outputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> dict[
             weights.append(weight.to(output.device, output.dtype))
     if not roots:
         return {}
-    made: Sequence[Tensor | None] = torch.autograd.grad(roots, list(leaves.values()), weights, allow_unused=True)
+    grad: Callable[..., Sequence[Tensor | None]] = torch.autograd.grad
+    made = grad(roots, list(leaves.values()), weights, allow_unused=True)
     return {
-        name: torch.zeros_like(leaf) if grad is None else grad.detach()
-        for (name, leaf), grad in zip(leaves.items(), made, strict=True)
+        name: torch.zeros_like(leaf) if found is None else found.detach()
+        for (name, leaf), found in zip(leaves.items(), made, strict=True)
     }
 
 

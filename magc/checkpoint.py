@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from magc.engine import Observer, Request
-from magc.errors import InputError, LayerContractError, PlanError, StateError
+from magc.errors import InputError, LayerContractError, PlanError
 from magc.function import apply_grid
+from magc.pinned import PinnedPool
 from magc.plan import Plan, PlanOrRule
-from magc.schedule import Schedule
-from magc.source import SegmentSource, is_segmented
-from magc.stack import Stack, StackMemory, build_stack
-from magc.tree import Flat, PyTree, describe, flatten, is_differentiable
+from magc.request import Observer, Request, make_request, make_schedule, shape_key
+from magc.stack import StackMemory, build_stack
+from magc.tree import Flat, PyTree
 from magc.units import parse_bytes
 
 Layer = Callable[..., Any]
@@ -79,8 +79,17 @@ class GridCheckpoint(nn.Module):
         self.seq_dim = seq_dim
         self.accumulate = accumulate
         self.check_finite = check_finite
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without what calls learn or make: facts about the layers, plans, pinned memory."""
         self._memories: dict[tuple[bool, ...], StackMemory] = {}
         self._plans: dict[object, Plan] = {}
+        self._pools: dict[torch.device, PinnedPool] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start afresh."""
+        return {**self.__dict__, "_memories": {}, "_plans": {}, "_pools": {}}
 
     def forward(
         self, x: PyTree, state: Sequence[PyTree] | None = None, **side: PyTree
@@ -190,9 +199,8 @@ class GridCheckpoint(nn.Module):
     ) -> Request:
         stack = build_stack(list(self.layers), stem=stem, head=head, seq_dim=self.seq_dim)
         memory = self._memories.setdefault(stack.modes(), stack.memory)
-        stack = build_stack(list(self.layers), stem=stem, head=head, seq_dim=self.seq_dim, memory=memory)
-        return make_request(
-            stack,
+        request = make_request(
+            replace(stack, memory=memory),
             x,
             state,
             side,
@@ -201,6 +209,11 @@ class GridCheckpoint(nn.Module):
             disk_dir=self.disk_dir,
             check_finite=self.check_finite,
         )
+        if request.device.type != "cuda":
+            return request
+        # Pinning takes 0.4 s per GiB: one pool serves all calls, and grows to what the largest needs.
+        pool = self._pools.setdefault(request.device, PinnedPool(request.device))
+        return replace(request, pool=pool)
 
     def _plan_of(self, request: Request) -> Plan:
         """The given plan, or the planner's: measured once per input shape, parameter set and mode."""
@@ -208,7 +221,7 @@ class GridCheckpoint(nn.Module):
             return _resolve(self.plan, request)
         from magc.planning import plan_request
 
-        key = _shape_key(request)
+        key = shape_key(request)
         if key not in self._plans:
             assert self.budget is not None
             self._plans[key] = plan_request(
@@ -293,172 +306,3 @@ def _resolve(plan: PlanOrRule, request: Request) -> Plan:
     if not isinstance(made, Plan):
         raise PlanError(f"the plan rule {plan!r} returned a {type(made).__name__}; it must return a magc.Plan")
     return made
-
-
-def make_request(
-    stack: Stack,
-    x: PyTree,
-    state: Sequence[PyTree] | None,
-    side: Mapping[str, PyTree],
-    *,
-    targets: PyTree = None,
-    accumulate: torch.dtype = torch.float32,
-    disk_dir: str | None = None,
-    check_finite: bool = False,
-    observer: Observer | None = None,
-) -> Request:
-    """Check a call's inputs and put it together.
-
-    Raises:
-        InputError: lengths, devices or values that cannot work.
-        StateError: not one state per layer, or on another device.
-    """
-    if (stack.head is None) != (targets is None):
-        raise InputError("a head and targets go together: give both, or neither")
-    device = _device_of(stack, x)
-    # Inputs of a stem or beside a head may stay on the host; x itself is an activation and must be where it is used.
-    moves = device if stack.stem is not None or is_segmented(x) else None
-    inputs = SegmentSource("inputs" if stack.stem is not None else "x", x, stack.seq_dim, moves)
-    sides = {name: SegmentSource(name, value, stack.seq_dim, device) for name, value in side.items()}
-    wanted = None if targets is None else SegmentSource("targets", targets, stack.seq_dim, device)
-    for other in (*sides.values(), *(() if wanted is None else (wanted,))):
-        if other.length != inputs.length:
-            raise InputError(
-                f"{other.what} has {other.length} tokens along axis {stack.seq_dim} but {inputs.what} has "
-                f"{inputs.length}; they are cut into the same segments, so give one entry per token"
-            )
-        if any(leaf.requires_grad for leaf in other.flat.tensors):
-            raise InputError(
-                f"{other.what} requires a gradient, but none flows to side inputs and targets; pass it as part of x, or "
-                f"detach() it"
-            )
-    if stack.stem is None:
-        for path, leaf in zip(inputs.flat.paths(), inputs.flat.leaves, strict=True):
-            if leaf is not None and leaf.device != device:
-                raise InputError(
-                    f"x{path} is {describe(leaf)} but the layers are on {device}; move one to the other, or give "
-                    f"what makes x to `loss` with a stem, whose inputs are moved segment by segment"
-                )
-    states = _check_states(stack, state, device)
-    if check_finite:
-        _refuse_nonfinite(inputs, states)
-    grad = torch.is_grad_enabled()
-    needs_x = tuple(
-        grad and leaf is not None and leaf.requires_grad and is_differentiable(leaf) for leaf in inputs.flat.leaves
-    )
-    needs_states = tuple(
-        () if flat is None else tuple(grad and leaf is not None and leaf.requires_grad for leaf in flat.leaves)
-        for flat in states
-    )
-
-    return Request(
-        stack,
-        inputs,
-        sides,
-        wanted,
-        states,
-        needs_x,
-        needs_states,
-        device,
-        accumulate,
-        disk_dir,
-        observer,
-        grad=grad,
-    )
-
-
-def make_schedule(request: Request, plan: Plan) -> Schedule:
-    """The schedule of a plan for a request; without grad mode, or with nothing that needs a gradient, forward only.
-
-    Raises:
-        PlanError: the plan's sizes do not fit the stack or the sequence.
-    """
-    grid = plan.grid(len(request.stack.layers), request.inputs.length)
-    lowest = grid.groups
-    if torch.is_grad_enabled():
-        lowest = _lowest_group(request.stack, list(grid.layers.all_bounds()), request.needs_x, request.needs_states)
-    return Schedule(plan, grid, lowest)
-
-
-def _lowest_group(
-    stack: Stack,
-    bounds: Sequence[tuple[int, int]],
-    needs_x: Sequence[bool],
-    needs_states: Sequence[Sequence[bool]],
-) -> int:
-    """The lowest group that has a parameter, an initial state or an input that needs a gradient."""
-    if any(needs_x):
-        return 0
-    for group, (start, stop) in enumerate(bounds):
-        trains = any(stage.slots for stage in stack.group(start, stop))
-        if trains or any(any(needs) for needs in needs_states[start:stop]):
-            return group
-    return len(bounds)
-
-
-def _device_of(stack: Stack, x: PyTree) -> torch.device:
-    for stage in stack.stages:
-        for module in stage.modules:
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    return tensor.device
-    for leaf in (leaf for leaf in torch.utils._pytree.tree_leaves(x) if isinstance(leaf, Tensor)):
-        return leaf.device
-    return torch.device("cpu")
-
-
-def _check_states(stack: Stack, state: Sequence[PyTree] | None, device: torch.device) -> tuple[Flat | None, ...]:
-    if state is None:
-        return (None,) * len(stack.layers)
-    if not isinstance(state, Sequence) or len(state) != len(stack.layers):
-        got = f"{len(state)} states" if isinstance(state, Sequence) else f"a {type(state).__name__}"
-        raise StateError(
-            f"the initial state is {got}, but there are {len(stack.layers)} layers; pass a sequence with one state per "
-            f"layer as an earlier call returned it, or None for the start of a sequence"
-        )
-    flats: list[Flat | None] = []
-    for stage, value in zip(stack.layers, state, strict=True):
-        flat = None if value is None else flatten(f"the initial state of {stage.name}", value)
-        for path, leaf in zip(flat.paths(), flat.leaves, strict=True) if flat is not None else ():
-            if leaf is not None and leaf.device != device:
-                raise StateError(
-                    f"the initial state{path} of {stage.name} is {describe(leaf)} but the layers are on {device}; "
-                    f"move it with .to({str(device)!r})"
-                )
-        flats.append(flat)
-    return tuple(flats)
-
-
-def _refuse_nonfinite(inputs: SegmentSource, states: Sequence[Flat | None]) -> None:
-    named = [(inputs.what, inputs.flat)]
-    named += [(f"the initial state of layer {index}", flat) for index, flat in enumerate(states) if flat is not None]
-    for what, flat in named:
-        for path, leaf in zip(flat.paths(), flat.leaves, strict=True):
-            if leaf is None or not is_differentiable(leaf):
-                continue
-            finite = torch.isfinite(leaf)
-            if not bool(finite.all()):
-                where = tuple(int(i) for i in (~finite).nonzero()[0])
-                raise InputError(
-                    f"{what}{path} holds {float(leaf[where])} at {where} ({int((~finite).sum())} values of {leaf.numel()} "
-                    f"are not finite); clean the data before training on it"
-                )
-
-
-def _shape_key(request: Request) -> object:
-    def shape(source: SegmentSource) -> object:
-        return tuple(
-            None if leaf is None else (leaf.shape, leaf.dtype, leaf.requires_grad) for leaf in source.flat.leaves
-        )
-
-    return (
-        request.inputs.length,
-        shape(request.inputs),
-        tuple((name, shape(source)) for name, source in request.side.items()),
-        tuple(id(stage.call) for stage in request.stack.stages),
-        tuple((param.shape, param.dtype) for param in request.stack.params),
-        tuple(state is None for state in request.states),
-        request.stack.modes(),
-        tuple(torch.is_autocast_enabled(kind) for kind in {request.device.type, "cpu"} - {"meta"}),
-        request.device,
-    )

@@ -6,7 +6,7 @@ runner under the same random numbers and autocast, so the recomputed values are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,51 +16,11 @@ from magc.accumulate import GradAccumulator, make_proxies
 from magc.ambient import Ambient, RngState, RngTape, recomputing
 from magc.collect import GradInput, LossOutput, OutputCollector, TokenOutput
 from magc.errors import LayerContractError, RecomputeError
-from magc.pinned import PinnedPool
+from magc.request import Request
 from magc.runners.eager import CellInputs, CellNeeds, CellOutputs, EagerRunner, Tape, differentiable_mask
 from magc.schedule import Action, Backward, Drop, Forget, Kind, Load, Record, Run, Save, Schedule
-from magc.source import SegmentSource
-from magc.stack import Stack
 from magc.store import CheckpointStore
 from magc.tree import Flat, compact, describe, version
-
-Observer = Callable[[Action], None]
-"""Called with each action after it was carried out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One call of a grid.
-
-    Attributes:
-        stack: the stages.
-        inputs: the stack's input (or the stem's), cut into segments on demand.
-        side: per-token side inputs.
-        targets: the head's targets; None without a head.
-        states: initial state of each layer, None for the start of a sequence.
-        needs_x: leaf by leaf, whether the input needs a gradient.
-        needs_states: the same for each initial state.
-        device: where cells run.
-        accumulate: dtype in which parameter gradients are summed over cells.
-        disk_dir: where the disk store makes its directory; None for the system's temporary folder.
-        observer: sees every action.
-        pool: pinned memory to reuse; None lets each call pin its own.
-        grad: whether grad mode was on in the call.
-    """
-
-    stack: Stack
-    inputs: SegmentSource
-    side: Mapping[str, SegmentSource]
-    targets: SegmentSource | None
-    states: tuple[Flat | None, ...]
-    needs_x: tuple[bool, ...]
-    needs_states: tuple[tuple[bool, ...], ...]
-    device: torch.device
-    accumulate: torch.dtype
-    disk_dir: str | None = None
-    observer: Observer | None = None
-    pool: PinnedPool | None = None
-    grad: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +104,9 @@ class Execution:
         """Refuse a backward whose recompute would be another function than the forward was.
 
         Raises:
-            RecomputeError: a module was switched between training and evaluation since the forward, or a buffer, a frozen
-                parameter, a side input or the targets were written into. (Trainable parameters, x and initial states are
-                saved tensors, which torch checks.)
+            RecomputeError: a module was switched between training and evaluation since the forward, or a buffer, a
+                frozen parameter, a side input or the targets were written into. (Trainable parameters, x and initial
+                states are saved tensors, which torch checks.)
         """
         if self._request.stack.modes() != self._modes:
             raise RecomputeError(
@@ -156,8 +116,8 @@ class Execution:
         for what, tensor, before in self._watched:
             if version(tensor) != before:
                 raise RecomputeError(
-                    f"{what} ({describe(tensor)}) was modified in place after the forward, so a recompute would be another "
-                    f"function; call backward() before modifying it, or give the forward a copy"
+                    f"{what} ({describe(tensor)}) was modified in place after the forward, so a recompute would be "
+                    f"another function; call backward() before modifying it, or give the forward a copy"
                 )
 
     def rewind(self) -> Execution:
@@ -281,8 +241,8 @@ class Execution:
             spec = self._specs.setdefault(group + 1, border.with_leaves([None] * len(border.leaves))).spec
             if border.spec != spec:
                 raise LayerContractError(
-                    f"{self._groups[group][-1].name} returned an output of structure {border.spec} for segment {segment} "
-                    f"but {spec} before; the structure must stay the same in every segment"
+                    f"{self._groups[group][-1].name} returned an output of structure {border.spec} for segment "
+                    f"{segment} but {spec} before; the structure must stay the same in every segment"
                 )
         elif self._first_pass and self._y is not None:
             self._y.add(self._grid.tokens.bounds(segment), outputs.y)

@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from magc.engine import Execution, ForwardResult, Request
+from magc.engine import Execution, ForwardResult
 from magc.errors import DoubleBackwardError
+from magc.request import Request
 from magc.schedule import Schedule
 from magc.tree import Flat, is_differentiable
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from magc.checkpoint import make_request, make_schedule
 from magc.cost import CostModel
-from magc.engine import Request
 from magc.errors import InputError
 from magc.estimate import estimate
 from magc.forecast import Forecast
 from magc.plan import Plan
 from magc.planner import Planner
 from magc.profile import profile, sample_lengths
+from magc.request import Request, make_request, make_schedule
 from magc.stack import Stage, build_stack
 from magc.tree import PyTree
 from magc.units import parse_bytes

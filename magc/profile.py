@@ -21,9 +21,10 @@ from magc.accumulate import make_proxies
 from magc.ambient import Ambient, RngState
 from magc.contract import call_layer
 from magc.cost import Bandwidths, CostModel, StageCost, StageSample
-from magc.engine import Execution, Request
+from magc.engine import Execution
 from magc.meter import MemoryMeter
 from magc.plan import Plan
+from magc.request import Request
 from magc.runners.eager import CellInputs, CellNeeds, CellOutputs, EagerRunner, differentiable_mask
 from magc.schedule import Schedule
 from magc.source import SegmentSource

@@ -10,7 +10,6 @@ from typing import Final, Literal
 import torch
 from torch import Tensor, nn
 
-from magc.checkpoint import make_request
 from magc.cost import CostModel
 from magc.errors import InputError
 from magc.nn import Mamba2Config, Mamba2LM
@@ -20,6 +19,7 @@ from magc.plan import Plan
 from magc.planner import Planner
 from magc.planning import stack_notes, with_forecast, with_notes
 from magc.profile import META_FLOPS, META_LAUNCH_SECONDS, profile
+from magc.request import make_request
 from magc.stack import build_stack
 
 Head = Literal["full", "last"]

@@ -159,7 +159,7 @@ def build_stack(
 
 
 def _rounds_by_grad_mode(call: object) -> bool:
-    """torch's fused RNNs pick another kernel for inference; a layer built on them may say so by this attribute."""
+    """Torch's fused RNNs pick another kernel for inference; a layer built on them may say so by this attribute."""
     modules = call.modules() if isinstance(call, nn.Module) else ()
     return any(isinstance(module, nn.RNNBase) or getattr(module, "rounds_by_grad_mode", False) for module in modules)
 

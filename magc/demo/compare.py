@@ -137,10 +137,10 @@ def strategies(settings: Settings, costs: CostModel) -> dict[str, Rule]:
     layers = settings.n_layer
     paper = PaperCosts.from_mamba2(settings.d_model, d_state=settings.d_state, headdim=settings.headdim)
     return {
-        "no checkpoint": lambda tokens: Plan.none(),
+        "none": lambda tokens: Plan.none(),
         "per layer": lambda tokens: Plan.per_layer(),
         "sqrt(L)": lambda tokens: Plan.sqrt(layers),
-        "MA-GC, paper's cells": lambda tokens: Plan.multi_axis(layers, tokens, paper),
+        "MA-GC, paper": lambda tokens: Plan.multi_axis(layers, tokens, paper),
         "MA-GC, planned": lambda tokens: Planner(costs, tokens).plan(settings.budget),
     }
 

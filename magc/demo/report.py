@@ -16,7 +16,7 @@ from magc.demo.settings import Settings
 from magc.demo.train import Evaluation, Training, TrainingPlan
 from magc.units import format_bytes, format_count
 
-COLUMNS = ("strategy", "measured", "predicted", "ratio", "forwards", "tokens/s", "|Δg|/|g|")
+COLUMNS = ("strategy", "measured", "predicted", "ratio", "forwards", "tokens/s", "grad. diff.")
 REACH_COLUMNS = ("strategy", "longest sequence (tokens)")
 LOSS_COLUMNS = ("loss on held-out files", "nats per byte", "bits per byte")
 TRAINING_COLUMNS = ("memory of one step", "")
@@ -126,8 +126,8 @@ Plan: {plan.plan}. {format_count(training.tokens_per_second)} tokens/s.
 
 {_markdown(LOSS_COLUMNS, loss_rows(self.before, self.after))}
 
-Held out and never trained on: {self.after.tokens:,} bytes in {self.after.files} file(s), each one sequence (the longest \
-has {self.after.longest:,} bytes), streamed piece by piece with the states carried on.
+Held out and never trained on: {self.after.tokens:,} bytes in {self.after.files} file(s), each one sequence (the \
+longest has {self.after.longest:,} bytes), streamed piece by piece with the states carried on.
 
 ![training loss](loss.png)
 
@@ -139,11 +139,16 @@ Forward and backward of one sequence of {self.comparison.tokens:,} bytes, which 
 
 {_markdown(COLUMNS, rows)}
 
-Measured and predicted peaks are bytes of live tensors beyond what there was before the call (weights, inputs), \
-measured by `magc.MemoryMeter` at the second call or later; the ratio is predicted over measured. Forwards is how often a \
-cell is run forward, 1 without recomputation. Speed is taken without the meter. |Δg|/|g| is the largest relative \
-difference of any parameter's gradient from that without checkpoints: sums of float32 taken in another order differ by \
-about 1e-6.
+"none" is training without checkpoints; "per layer" keeps every layer's input, "sqrt(L)" every \
+{round(settings.n_layer**0.5)} layers' (Chen et al. 2016); "MA-GC, paper" cuts layers and tokens into cells of the size \
+that Eq. 12-16 of Lee et al. 2024 give; "MA-GC, planned" is the fastest plan that magc finds within the budget.
+
+- measured, predicted: peak bytes of live tensors beyond what there was before the call (weights, inputs), by \
+`magc.MemoryMeter` at the second call or later, and by `magc.forecast`; the ratio is predicted over measured.
+- forwards: how often a cell is run forward, 1 without recomputation.
+- tokens/s: forward and backward, timed without the meter.
+- grad. diff.: the largest relative difference of a parameter's gradient from that of "none", by norm; float32 sums \
+taken in another order differ by about 1e-6.
 
 Longest sequence that {format_bytes(settings.budget)} holds, as predicted:
 

@@ -15,8 +15,10 @@ import magc
 from magc.demo.corpus import SEPARATOR, tokens_of
 from magc.demo.model import EXAMPLE_TOKENS, Step, forecast, forecast_of, timed
 from magc.demo.settings import Settings
+from magc.errors import BudgetError
 from magc.nn import Mamba2LM
 from magc.plan import Plan
+from magc.units import format_bytes
 
 _PIECE = 4096
 _SEGMENT = 1024
@@ -118,6 +120,11 @@ def make_plan(
         )
     else:
         plan, _ = forecast(Plan.sequence(settings.segment), model, ids, targets, settings.seq_len)
+        if (needed := forecast_of(plan).peak_bytes) > settings.budget:
+            raise BudgetError(
+                f"segments of {settings.segment} tokens need {format_bytes(needed)} of a budget of "
+                f"{format_bytes(settings.budget)}; give a smaller --segment, a larger --budget, or no --segment"
+            )
     progress("predicting the same without checkpoints")
     plain, _ = forecast(Plan.none(), model, ids, targets, settings.seq_len)
     return TrainingPlan(plan, forecast_of(plain).peak_bytes)

@@ -50,9 +50,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
     assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
     assert torch.isfinite(actual).all(), name
     difference = (
-        (actual.detach().double() - expected.detach().double()).abs().max()
-        if actual.numel()
-        else torch.zeros(())
+        (actual.detach().double() - expected.detach().double()).abs().max() if actual.numel() else torch.zeros(())
     )
     bound = tolerance * expected.detach().double().abs().max().clamp(min=1.0) if actual.numel() else tolerance
     assert difference <= bound, f"{name}: difference {float(difference):.2e}, bound {float(bound):.2e}"

@@ -109,9 +109,7 @@ def test_output_state_and_all_gradients_equal_the_definition(
     packed=st.booleans(),
     mean=st.sampled_from([1.01, 2.0, 4.0]),
 )
-def test_any_segmentation_equals_the_whole(
-    seed: int, length: int, width: int, packed: bool, mean: float
-) -> None:
+def test_any_segmentation_equals_the_whole(seed: int, length: int, width: int, packed: bool, mean: float) -> None:
     """Also with segments shorter than the state, and documents shorter than it."""
     inputs = make_inputs(seed, length, width)
     seq_idx = packed_ids(seed, 2, length, documents=2, mean=2.0) if packed else None

@@ -30,17 +30,14 @@ def test_rms_norm_equals_torch() -> None:
 
 @pytest.mark.parametrize("group_size", [None, 12, 4, 1])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
-def test_gated_rms_norm_equals_the_formula_group_by_group(
-    group_size: int | None, norm_before_gate: bool
-) -> None:
+def test_gated_rms_norm_equals_the_formula_group_by_group(group_size: int | None, norm_before_gate: bool) -> None:
     inputs = inputs_of("x", "z", "weight")
     x, z, weight = inputs.values()
     size = group_size or 12
     gate = z * torch.sigmoid(z)
     source = x if norm_before_gate else x * gate
     parts = [
-        functional.rms_norm(source[..., i : i + size], (size,), weight[i : i + size], EPS)
-        for i in range(0, 12, size)
+        functional.rms_norm(source[..., i : i + size], (size,), weight[i : i + size], EPS) for i in range(0, 12, size)
     ]
     expected = torch.cat(parts, -1) * (gate if norm_before_gate else 1.0)
     actual = gated_rms_norm(**inputs, eps=EPS, group_size=group_size, norm_before_gate=norm_before_gate)

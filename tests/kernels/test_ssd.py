@@ -234,9 +234,7 @@ def test_zero_steps_carry_the_state_over_to_the_bit() -> None:
     inputs = make_inputs(13, 300, bias=False, skip="none", dtype=torch.float32)
     values = {n: t.detach() for n, t in inputs.items()}
     values["dt"] = torch.where(torch.arange(300)[:, None] < 150, values["dt"].abs(), 0.0)
-    _, before = ssd(
-        **{n: t[:, :150] if n in ("x", "dt", "B", "C") else t for n, t in values.items()}, chunk_size=150
-    )
+    _, before = ssd(**{n: t[:, :150] if n in ("x", "dt", "B", "C") else t for n, t in values.items()}, chunk_size=150)
     _, after = ssd(**values, chunk_size=150)
     assert torch.equal(before, after)
 

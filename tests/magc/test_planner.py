@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -163,7 +164,7 @@ def test_speed_rises_smoothly_with_the_budget() -> None:
     peaks = [candidate.estimate.peak_bytes for candidate in frontier]
     assert seconds == sorted(seconds, reverse=True)
     assert peaks == sorted(peaks)
-    steps = [before / after for before, after in zip(seconds, seconds[1:], strict=False)]
+    steps = [before / after for before, after in itertools.pairwise(seconds)]
     # From recomputing everything twice down to nothing in many small steps.
     assert len(frontier) > 12
     assert seconds[0] / seconds[-1] > 1.2

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import magc
 from magc import MemoryMeter, Plan
-from magc.checkpoint import make_request, make_schedule
 from magc.errors import BudgetError
 from magc.function import apply_grid
 from magc.nn import Mamba2Block, Mamba2Config, Mamba2LM
 from magc.profile import profile
+from magc.request import make_request, make_schedule
 from magc.schedule import Action
 from magc.simulate import simulate
 from magc.stack import build_stack

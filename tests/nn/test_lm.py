@@ -88,9 +88,7 @@ def test_head_gives_zero_without_targets_and_sums_in_float32() -> None:
     assert count == 0
     total, _ = model.head(x, token_ids(0, 1, 4))
     assert total.dtype == torch.float32
-    expected = functional.cross_entropy(
-        model.head.logits(x).float()[0], token_ids(0, 1, 4)[0], reduction="sum"
-    )
+    expected = functional.cross_entropy(model.head.logits(x).float()[0], token_ids(0, 1, 4)[0], reduction="sum")
     assert torch.equal(total, expected)
 
 
@@ -150,9 +148,7 @@ def test_meta_forward() -> None:
         model = Mamba2LM(small_config())
         logits, state = model(torch.zeros(2, 9, dtype=torch.int64))
         logits, state = model(torch.zeros(2, 1, dtype=torch.int64), state)
-        total, _ = model.head(
-            model.stem(torch.zeros(2, 9, dtype=torch.int64)), torch.zeros(2, 9, dtype=torch.int64)
-        )
+        total, _ = model.head(model.stem(torch.zeros(2, 9, dtype=torch.int64)), torch.zeros(2, 9, dtype=torch.int64))
     assert logits.shape == (2, 1, 32)
     assert logits.device.type == total.device.type == "meta"
     assert len(state) == 2
@@ -160,9 +156,7 @@ def test_meta_forward() -> None:
 
 def test_logits_and_gradients_equal_transformers() -> None:
     transformers = pytest.importorskip("transformers")
-    config = small_config(
-        d_model=16, d_state=8, headdim=8, ngroups=2, vocab_size=48, n_layer=3, tie_embeddings=False
-    )
+    config = small_config(d_model=16, d_state=8, headdim=8, ngroups=2, vocab_size=48, n_layer=3, tie_embeddings=False)
     torch.manual_seed(0)
     model = perturbed(Mamba2LM(config))
     theirs = transformers.Mamba2ForCausalLM(

@@ -127,9 +127,7 @@ def test_meta_device_runs_and_to_empty_then_reset_gives_a_trainable_layer() -> N
     with torch.device("meta"):
         layer = Mamba2Block(**SMALL)
         _, state = layer(torch.zeros(2, 7, 8), None, seq_idx=torch.zeros(2, 7, dtype=torch.int32))
-        (hidden, residual), state = layer(
-            torch.zeros(2, 1, 8), state, seq_idx=torch.zeros(2, 1, dtype=torch.int32)
-        )
+        (hidden, residual), state = layer(torch.zeros(2, 1, 8), state, seq_idx=torch.zeros(2, 1, dtype=torch.int32))
     assert hidden.device.type == residual.device.type == state.ssm.device.type == "meta"
     layer.to_empty(device="cpu")
     for parameter in layer.parameters():

@@ -48,9 +48,7 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     torch.save({name: t for name, t in weights.items() if t is not None}, folder / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_embeddings": False}, {"dt_limit": (0.0, 1.0), "norm_epsilon": 1e-6}]
-)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"dt_limit": (0.0, 1.0), "norm_epsilon": 1e-6}])
 def test_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = small_lm(dtype=torch.float32, **changes)
     model.save_pretrained(tmp_path)
@@ -69,9 +67,7 @@ def test_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 
 def test_type_and_device_are_the_callers_choice(folder: Path) -> None:
-    assert {p.dtype for p in Mamba2LM.from_pretrained(folder, dtype=torch.bfloat16).parameters()} == {
-        torch.bfloat16
-    }
+    assert {p.dtype for p in Mamba2LM.from_pretrained(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     edit_weights(folder, **{n: t.half() for n, t in small_lm(torch.float32).state_dict().items()})
     assert {p.dtype for p in Mamba2LM.from_pretrained(folder).parameters()} == {torch.float32}
     with torch.device("meta"):
@@ -153,9 +149,7 @@ def test_wrong_configurations_are_refused(folder: Path, changes: dict[str, Any],
         ({"lm_head.weight": torch.zeros(32, 8)}, r"lm_head\.weight differs from backbone\.embedding\.weight"),
     ],
 )
-def test_wrong_weights_are_refused(
-    folder: Path, changes: dict[str, torch.Tensor | None], message: str
-) -> None:
+def test_wrong_weights_are_refused(folder: Path, changes: dict[str, torch.Tensor | None], message: str) -> None:
     edit_weights(folder, **changes)
     with pytest.raises(InputError, match=message):
         Mamba2LM.from_pretrained(folder)
