@@ -407,7 +407,7 @@ def _gradients(outputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> dict[
             weights.append(weight.to(output.device, output.dtype))
     if not roots:
         return {}
-    grad: Callable[..., Sequence[Tensor | None]] = torch.autograd.grad
+    grad = cast(Callable[..., Sequence[Tensor | None]], torch.autograd.grad)
     made = grad(roots, list(leaves.values()), weights, allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if found is None else found.detach()

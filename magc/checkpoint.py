@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -302,7 +302,7 @@ def _require_accumulate(dtype: object) -> None:
 def _resolve(plan: PlanOrRule, request: Request) -> Plan:
     if isinstance(plan, Plan):
         return plan
-    made: object = plan(len(request.stack.layers), request.inputs.length)
+    made = cast(object, plan(len(request.stack.layers), request.inputs.length))
     if not isinstance(made, Plan):
         raise PlanError(f"the plan rule {plan!r} returned a {type(made).__name__}; it must return a magc.Plan")
     return made

@@ -121,11 +121,11 @@ class Plan:
 
     def __str__(self) -> str:
         """One line, e.g. ``8 layers x 1024 tokens, borders device, states host, 1 cell kept``."""
-        layers = "all" if self.layers is None else str(self.layers)
+        layers = "all layers" if self.layers is None else "1 layer" if self.layers == 1 else f"{self.layers} layers"
         tokens = "all" if self.tokens is None else str(self.tokens)
         kept = "all cells kept" if self.keep == ALL else f"{self.keep} cell{'s' if self.keep > 1 else ''} kept"
         parts = [
-            f"{layers} layers x {tokens} tokens",
+            f"{layers} x {tokens} tokens",
             f"borders {self.borders}",
             f"states {self.states}",
             kept,

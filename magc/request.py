@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -164,11 +165,12 @@ def _device_of(stack: Stack, x: PyTree) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _check_states(stack: Stack, state: Sequence[PyTree] | None, device: torch.device) -> tuple[Flat | None, ...]:
-    if state is None:
+def _check_states(stack: Stack, given: object, device: torch.device) -> tuple[Flat | None, ...]:
+    if given is None:
         return (None,) * len(stack.layers)
-    if not isinstance(state, Sequence) or len(state) != len(stack.layers):
-        got = f"{len(state)} states" if isinstance(state, Sequence) else f"a {type(state).__name__}"
+    state = cast(Sequence[PyTree], given) if isinstance(given, Sequence) else None
+    if state is None or len(state) != len(stack.layers):
+        got = f"a {type(cast(object, given)).__name__}" if state is None else f"{len(state)} states"
         raise StateError(
             f"the initial state is {got}, but there are {len(stack.layers)} layers; pass a sequence with one state per "
             f"layer as an earlier call returned it, or None for the start of a sequence"

@@ -102,7 +102,7 @@ def test_all_small_grids_with_frozen_layers(frozen: int) -> None:
     wanted = [*parameters(layers), *(leaf for leaf in floating(states) if leaf.requires_grad)]
     expected = gradients(objective(*plain(layers, x, states)), wanted)
     for group, tokens, borders, keep, snapshots in itertools.product(
-        (1, 2, 4), (1, 2, 6), ("device", "rebuild"), (1, 3, 8, "all"), (None, 0, 1)
+        (1, 2, 4), (1, 2, 6), ("device", "rebuild"), (1, 4, "all"), (None, 0, 1)
     ):
         plan = Plan(layers=group, tokens=tokens, borders=borders, keep=keep, snapshots=snapshots)
         actual = gradients(objective(*grid_checkpoint(layers, x, states, plan=plan)), wanted)
