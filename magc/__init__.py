@@ -1,6 +1,7 @@
 """Exact, memory-bounded training of recurrent and state-space models on sequences of any length."""
 
 from magc.ambient import is_recomputing
+from magc.check import CheckReport, check
 from magc.checkpoint import GridCheckpoint, grid_checkpoint
 from magc.contract import stateless
 from magc.meter import MemoryMeter
@@ -10,11 +11,13 @@ from magc.source import Segmented
 from magc.tiers import Tier
 
 __all__ = [
+    "CheckReport",
     "GridCheckpoint",
     "MemoryMeter",
     "Plan",
     "Segmented",
     "Tier",
+    "check",
     "forecast",
     "grid_checkpoint",
     "is_recomputing",

@@ -99,7 +99,8 @@ class GridCheckpoint(nn.Module):
         Args:
             x: a tensor, or a pytree of tensors, with the sequence axis ``seq_dim``.
             state: one state per layer as returned by an earlier call, None for the start of a sequence.
-            side: per-token inputs of every layer (``seq_idx``, masks), cut into segments with x; no gradients flow to them.
+            side: per-token inputs of every layer (``seq_idx``, masks), cut into segments with x; no gradients flow to them,
+                and one that is None is left out.
 
         Returns:
             The output, like the last layer's over the whole sequence, and a tuple of final states, one per layer. Both
@@ -140,7 +141,7 @@ class GridCheckpoint(nn.Module):
             A 0-dim tensor in at least fp32.
 
         Raises:
-            InputError: also when all counts are zero or lengths differ.
+            InputError: also when lengths differ, or, on the CPU, all counts are zero (a GPU would have to wait: NaN).
         """
         loss, _ = self.loss_and_state(inputs, targets, head=head, stem=stem, state=state, reduction=reduction, **side)
         return loss
@@ -161,7 +162,7 @@ class GridCheckpoint(nn.Module):
             raise InputError(f"reduction={reduction!r}: give 'mean' or 'sum'")
         y, states = self._run(inputs, state, side, targets=targets, stem=stem, head=head)
         total, count = y.tensors
-        if reduction == "mean" and not bool(count):
+        if reduction == "mean" and count.device.type == "cpu" and not bool(count):
             raise InputError(
                 "the head counted no target in the whole sequence, so the mean loss is 0 / 0; skip such a batch, or give "
                 "reduction='sum'"

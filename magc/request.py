@@ -79,7 +79,9 @@ def make_request(
     # Inputs of a stem or beside a head may stay on the host; x itself is an activation and must be where it is used.
     moves = device if stack.stem is not None or is_segmented(x) else None
     inputs = SegmentSource("inputs" if stack.stem is not None else "x", x, stack.seq_dim, moves)
-    sides = {name: SegmentSource(name, value, stack.seq_dim, device) for name, value in side.items()}
+    sides = {
+        name: SegmentSource(name, value, stack.seq_dim, device) for name, value in side.items() if value is not None
+    }
     wanted = None if targets is None else SegmentSource("targets", targets, stack.seq_dim, device)
     for other in (*sides.values(), *(() if wanted is None else (wanted,))):
         if other.length != inputs.length:

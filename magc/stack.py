@@ -185,5 +185,9 @@ def swapped(stages: Sequence[Stage], proxies: Sequence[nn.Parameter]) -> Generat
 
 
 def _set_parameter(slot: ParamSlot, param: nn.Parameter) -> None:
-    # By attribute, not through _parameters: torch's RNNs keep a second list of their weights up to date this way.
-    setattr(slot.module, slot.name, param)
+    if isinstance(slot.module, nn.RNNBase):
+        # torch's RNNs keep a second list of their weights, which setting the attribute brings up to date.
+        setattr(slot.module, slot.name, param)
+    else:
+        # As torch.func.functional_call does: setting attributes costs milliseconds over a deep stack.
+        vars(slot.module)["_parameters"][slot.name] = param

@@ -106,7 +106,7 @@ def _run(settings: Settings) -> None:
     screen.title(f"3. Train on sequences of {settings.seq_len:,} tokens")
     size = sum(path.stat().st_size + 1 for path in held_out)
     with screen.steps("held-out files", size) as advance:
-        before = evaluate(settings, model, held_out, lambda tokens: advance(tokens, "bytes"))
+        before = evaluate(model, held_out, lambda tokens: advance(tokens, "bytes"))
     with screen.steps("training", settings.steps) as advance:
         training = train(
             settings,
@@ -116,7 +116,7 @@ def _run(settings: Settings) -> None:
             lambda loss, speed: advance(1, f"loss {loss:.3f} nats per byte, {format_count(speed)} tokens/s"),
         )
     with screen.steps("held-out files", size) as advance:
-        after = evaluate(settings, model, held_out, lambda tokens: advance(tokens, "bytes"))
+        after = evaluate(model, held_out, lambda tokens: advance(tokens, "bytes"))
     screen.table(report.TRAINING_COLUMNS, report.training_rows(settings, plan, training))
     screen.table(report.LOSS_COLUMNS, report.loss_rows(before, after))
 

@@ -139,8 +139,8 @@ Forward and backward of one sequence of {self.comparison.tokens:,} bytes, which 
 
 {_markdown(COLUMNS, rows)}
 
-"none" is training without checkpoints; "per layer" keeps every layer's input, "sqrt(L)" every \
-{round(settings.n_layer**0.5)} layers' (Chen et al. 2016); "MA-GC, paper" cuts layers and tokens into cells of the size \
+"none" is training without checkpoints; "per layer" keeps every layer's input, "sqrt(L)" that of every \
+{round(settings.n_layer**0.5)} layers (Chen et al. 2016); "MA-GC, paper" cuts layers and tokens into cells of the size \
 that Eq. 12-16 of Lee et al. 2024 give; "MA-GC, planned" is the fastest plan that magc finds within the budget.
 
 - measured, predicted: peak bytes of live tensors beyond what there was before the call (weights, inputs), by \

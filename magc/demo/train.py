@@ -188,14 +188,13 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def evaluate(settings: Settings, model: Mamba2LM, files: Sequence[Path], progress: Callable[[int], None]) -> Evaluation:
+def evaluate(model: Mamba2LM, files: Sequence[Path], progress: Callable[[int], None]) -> Evaluation:
     """Loss on whole files, each one sequence from its first byte to its last.
 
     A file is run piece by piece and the recurrent states are carried from one to the next, so the device's memory does
     not grow with its length.
 
     Args:
-        settings: of the run.
         model: left as it is.
         files: of any length.
         progress: told how many tokens were done.
