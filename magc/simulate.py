@@ -361,8 +361,8 @@ class Ledger:
         else:
             height = self._work(cell.first_backward_peak_single if self._single else cell.first_backward_peak)
         self.seconds += cell.backward_seconds
-        self._add(_PARAMETERS, touched)
         self._add(_ACTIVATIONS, -cell.tape_bytes)
+        self._add(_PARAMETERS, touched)
         for key in self._kept_outputs.pop((group, segment), []):
             nbytes = self._bytes(key)
             self._add(_ACTIVATIONS, nbytes)

@@ -23,6 +23,7 @@ from magc.plan import ALL, REBUILD, Plan
 from magc.tiers import Tier
 
 _SHORTEST = 16
+_ROUNDING = 16  # bytes by which sums over segments and numbers per token may differ
 _MOST_SEGMENTS = 1 << 16
 _SNAPSHOTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -115,7 +116,10 @@ class PlanTable:
         run = stored + output + 2 * row["states_all"] + run_work
         # Final states, gradients of states, and where a segment runs again the states it passes on.
         live = row["states_all"] * (2 + np.where(some | (rebuild > 0), 1.0, 0.0)) + rebuild * row["borders"]
-        again = stored + output + input_grad + row["grads"] + live + row["record_work"] + row["border"]
+        reruns = some | (rebuild > 0)
+        work = row["record_work"] + row["border"]
+        work = np.maximum(work, np.where(reruns, run_work + row["states_all"], 0.0))
+        again = stored + output + input_grad + row["grads"] + live + work
         alone = np.where(borders_on[Tier.DEVICE] > 0, row["alone_work"], row["alone_work_away"])
         alone = alone + row["output"] + input_grad + row["states_all"]
         top = stored + output + 2 * row["states_all"] + row["border"] + row["top_tape"] + row["top_work"]
@@ -275,6 +279,11 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
     record_or_backward = np.maximum(tape + backward, record_peak)
     first = np.maximum(tape + first_backward, record_peak) + sum_above(grads) + above + states
     unkeep = first_backward + sum_above(grads) + above - sum_above(tape - 2 * states)
+    # The column before: one less is kept, all accumulators are there.
+    freed = sum_above(tape - 2 * states)
+    unkeep_next = grads.sum() + (backward + above - freed)[trained].max() - tape[trained].sum() + states.sum()
+    # Frozen groups below run in every column, the last too, when all but its own cells are kept already.
+    frozen = (run_peak + inputs)[:lowest].max() + states.sum() - tape[trained].sum() if lowest else 0.0
     keep_record = record_peak - tape - sum_above(tape)
     return _Row(
         segments=segments,
@@ -287,12 +296,12 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
         run_work=(run_peak + inputs).max(),
         run_work_stored=(run_peak + np.where(borders > 0, 0.0, inputs)).max(),
         record_work=(inputs + states + record_or_backward)[trained].max(),
-        keep_work=max(unkeep[trained].max(), keep_record[trained].max()),
+        keep_work=max(unkeep[trained].max(), keep_record[trained].max(), unkeep_next if segments > 1 else 0.0, frozen),
         top_work=max(first_backward[-1], record_peak[-1] - tape[-1]),
         alone_work=(first + np.cumsum(borders) + np.where(borders > 0, 0.0, inputs))[trained].max(),
         alone_work_away=(first + inputs)[trained].max(),
         grads=grads.sum(),
-        output=0.0 if costs.head is not None else cells[-1].output_bytes / tokens * seq_len,
+        output=0.0 if costs.head is not None else math.ceil(cells[-1].output_bytes / tokens * seq_len) + _ROUNDING,
         input_grad=costs.input_bytes_per_token * seq_len if costs.needs_input_grad else 0.0,
         run_seconds=_seconds(cells, lowest, len(cells)),
         keep_seconds=_seconds(cells, lowest, 0),

@@ -105,7 +105,7 @@ def _run(settings: Settings) -> None:
 
     screen.title(f"3. Train on sequences of {settings.seq_len:,} tokens")
     size = sum(path.stat().st_size + 1 for path in held_out)
-    with screen.steps("held-out files", size) as advance:
+    with screen.steps("held-out files", size, lines=1) as advance:
         before = evaluate(model, held_out, lambda tokens: advance(tokens, "bytes"))
     with screen.steps("training", settings.steps) as advance:
         training = train(
@@ -115,7 +115,7 @@ def _run(settings: Settings) -> None:
             examples,
             lambda loss, speed: advance(1, f"loss {loss:.3f} nats per byte, {format_count(speed)} tokens/s"),
         )
-    with screen.steps("held-out files", size) as advance:
+    with screen.steps("held-out files", size, lines=1) as advance:
         after = evaluate(model, held_out, lambda tokens: advance(tokens, "bytes"))
     screen.table(report.TRAINING_COLUMNS, report.training_rows(settings, plan, training))
     screen.table(report.LOSS_COLUMNS, report.loss_rows(before, after))

@@ -37,14 +37,16 @@ def _bars(axes: Axes, settings: Settings, comparison: Comparison) -> None:
         y = len(rows) - 1 - index
         axes.barh(y + 0.19, row.measured_bytes / _MIB, 0.36, color=color)
         axes.barh(y - 0.19, row.predicted_bytes / _MIB, 0.36, color=color, alpha=0.42)
-        axes.text(
-            max(row.measured_bytes, row.predicted_bytes) / _MIB,
-            y,
-            f" {format_bytes(row.measured_bytes)}\n {row.tokens_per_second / rows[0].tokens_per_second:.0%} speed",
+        speed = row.tokens_per_second / rows[0].tokens_per_second
+        axes.annotate(
+            f"{format_bytes(row.measured_bytes)}\n{speed:.0%} speed",
+            (max(row.measured_bytes, row.predicted_bytes) / _MIB, y),
+            xytext=(5, 0),
+            textcoords="offset points",
             va="center",
             fontsize=8.5,
             color=_INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85},
         )
     axes.barh(0, 0, color=_FAINT, label="measured")
     axes.barh(0, 0, color=_FAINT, alpha=0.42, label="predicted")
@@ -80,10 +82,11 @@ def _growth(axes: Axes, settings: Settings, comparison: Comparison, training_pea
     axes.annotate(
         f"trained: {settings.seq_len:,} tokens\n{format_bytes(training_peak)} measured",
         (settings.seq_len, training_peak),
-        xytext=(0, -11),
+        xytext=(10, 26),
         textcoords="offset points",
-        ha="center",
-        va="top",
+        ha="left",
+        va="center",
+        arrowprops={"arrowstyle": "-", "color": _COLORS[-1], "shrinkB": 5, "relpos": (0, 0.5)},
         fontsize=8.5,
         color=_COLORS[-1],
     )

@@ -10,9 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-_LINES = 8
-"""Lines that stand for a progress bar where there is none."""
-
 
 class Screen:
     """Output for people.
@@ -34,7 +31,7 @@ class Screen:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table whose first column is text and whose others are numbers."""
-        table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
         for row in rows:
@@ -52,10 +49,13 @@ class Screen:
             yield lambda news: status.update(f"{what}: {news} ...")
 
     @contextmanager
-    def steps(self, what: str, total: int) -> Generator[Callable[[int, str], None]]:
-        """While ``total`` steps run; yields what to tell how many more were done, and news."""
+    def steps(self, what: str, total: int, *, lines: int = 9) -> Generator[Callable[[int, str], None]]:
+        """While ``total`` steps run; yields what to tell how many more were done, and news.
+
+        Where there is no terminal, about ``lines`` lines stand for the bar.
+        """
         if not self._console.is_terminal:
-            yield _Lines(self._console, what, total).advance
+            yield _Lines(self._console, what, total, lines).advance
             return
         progress = Progress(
             TextColumn("{task.description}"),
@@ -75,14 +75,14 @@ class Screen:
 class _Lines:
     """Progress as a few lines."""
 
-    def __init__(self, console: Console, what: str, total: int) -> None:
-        self._console, self._what, self._total = console, what, total
+    def __init__(self, console: Console, what: str, total: int, lines: int) -> None:
+        self._console, self._what, self._total, self._lines = console, what, total, lines
         self._done = 0
         self._shown = 0
 
     def advance(self, count: int, news: str) -> None:
         self._done += count
-        part = self._done * _LINES // max(1, self._total)
-        if part > self._shown or self._done == count:
+        part = self._done * self._lines // self._total
+        if part > self._shown:
             self._shown = part
             self._console.print(f"{self._what} {self._done}/{self._total}  {news}", markup=False)

@@ -22,6 +22,7 @@ from magc.units import format_bytes
 
 _PIECE = 4096
 _SEGMENT = 1024
+_WARM_UP = 256
 _METERED_STEP = 1
 """The second step: the first one's caches are made, and its gradients freed."""
 
@@ -107,6 +108,10 @@ def make_plan(
         BudgetError: nothing fits; says the smallest budget that would.
     """
     ids, targets = ids[:, :EXAMPLE_TOKENS].to(settings.device), targets[:, :EXAMPLE_TOKENS].to(settings.device)
+    # At their first use libraries such as cuBLAS take memory that they keep: it belongs to no step.
+    first = slice(None), slice(_WARM_UP)
+    Step(model, magc.GridCheckpoint(model.layers, plan=Plan.none()), ids[first], targets[first]).run()
+    model.zero_grad(set_to_none=True)
     if settings.segment is None:
         plan = magc.plan(
             model.layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -9,15 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from magc.errors import InputError
+from magc.errors import InputError, MissingExtraError
 from magc_kernels.conv import reference as conv_reference
 from magc_kernels.norm import reference as norm_reference
 from magc_kernels.ssd import reference as ssd_reference
 
-Impl = Literal["auto", "reference"]
-"""`"reference"`: plain PyTorch, any device. `"auto"`: the fastest that runs on the input's device."""
+Impl = Literal["auto", "reference", "triton"]
+"""`"reference"`: plain PyTorch, any device. `"triton"`: Triton kernels, CUDA devices only. `"auto"`: at present the
+reference everywhere."""
 
-_KNOWN = ("auto", "reference")
+_KNOWN = ("auto", "reference", "triton")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,34 @@ def check_impl(impl: str) -> Impl:
 
 
 def operators(impl: Impl, device: torch.device) -> Operators:
-    """The operators that `impl` stands for on `device`."""
-    del device  # the reference, the only implementation so far, runs on every device
-    check_impl(impl)
-    return _REFERENCE
+    """The operators that `impl` stands for on `device`.
+
+    Raises:
+        InputError: there is no such implementation.
+        MissingExtraError: `impl="triton"` without the package `triton`.
+    """
+    del device  # "auto" does not choose by device yet
+    return _triton() if check_impl(impl) == "triton" else _REFERENCE
+
+
+@functools.cache
+def _triton() -> Operators:
+    try:
+        from magc_kernels.conv import autograd as conv_triton
+        from magc_kernels.norm import autograd as norm_triton
+        from magc_kernels.ssd import autograd as ssd_triton
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        raise MissingExtraError("triton", "triton", 'impl="triton"') from error
+    return Operators(
+        name="triton",
+        ssd=ssd_triton.ssd,
+        # One token is a few small products, which PyTorch does as well.
+        ssd_step=ssd_reference.ssd_step,
+        causal_conv1d=conv_triton.causal_conv1d,
+        causal_conv1d_step=conv_reference.causal_conv1d_step,
+        gated_rms_norm=norm_triton.gated_rms_norm,
+        add_rms_norm=norm_triton.add_rms_norm,
+        max_chunk_size=128,
+    )
