@@ -189,7 +189,11 @@ class _Measurement:
             # The second run starts from the first one's state, has its shapes settled and nothing left to set up.
             first = self._runner.run(self._key(index), (stage,), self._cell(stage, x, None), proxies=self._proxies)
             state = first.states[0] if first.states else None
-            outputs = self._runner.run(self._key(index), (stage,), self._cell(stage, x, state), proxies=self._proxies)
+            cell = self._cell(stage, x, state)
+            outputs = self._runner.run(self._key(index), (stage,), cell, proxies=self._proxies)
+            # Workspaces of the backward's operators (cuBLAS's, say) are made once and stay: not the stage's cost.
+            tape = self._runner.record(self._key(index), (stage,), cell, self._needs(cell), self._proxies)
+            self._runner.backward(tape, *self._gradients(stage, outputs))
             self._inputs.append(x)
             self._states.append(state)
             self._outputs.append(outputs)
@@ -201,6 +205,19 @@ class _Measurement:
 
     def _cell(self, stage: Stage, x: Flat, state: Flat | None) -> CellInputs:
         return CellInputs(x, (state,) if stage.kind is StageKind.LAYER else (), self._side, self._targets)
+
+    @staticmethod
+    def _needs(cell: CellInputs) -> CellNeeds:
+        states = tuple(() if state is None else differentiable_mask(state) for state in cell.states)
+        return CellNeeds(differentiable_mask(cell.x), states)
+
+    @staticmethod
+    def _gradients(stage: Stage, outputs: CellOutputs) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
+        """Gradients of a stage's outputs to back-propagate: ones; a head's count has none."""
+        grad_y = [_gradient(leaf) for leaf in outputs.y.leaves]
+        if stage.kind is StageKind.HEAD:
+            grad_y = [*grad_y[:1], *(None for _ in grad_y[1:])]
+        return grad_y, [[_gradient(leaf) for leaf in new.leaves] for new in outputs.states]
 
     @property
     def state_bytes(self) -> list[int]:
@@ -273,14 +290,8 @@ class _Measurement:
             self._outputs[index],
         )
         cell = self._cell(stage, x, state)
-        needs = CellNeeds(
-            differentiable_mask(x),
-            () if not cell.states else (() if state is None else differentiable_mask(state),),
-        )
-        grad_y = [_gradient(leaf) for leaf in outputs.y.leaves]
-        if stage.kind is StageKind.HEAD:
-            grad_y = [*grad_y[:1], *(None for _ in grad_y[1:])]
-        grad_states = [[_gradient(leaf) for leaf in new.leaves] for new in outputs.states]
+        needs = self._needs(cell)
+        grad_y, grad_states = self._gradients(stage, outputs)
         key = self._key(index)
 
         with MemoryMeter(self._device) as meter:

@@ -17,9 +17,16 @@ from magc.errors import InputError, MagcError, MissingExtraError
 from magc.units import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from magc.demo.report import Results
+    from torch import Tensor
+
+    from magc.demo.corpus import Corpus
+    from magc.demo.report import Machine, Results
+    from magc.demo.screen import Screen
+    from magc.nn import Mamba2LM
 
 FILES = ("report.md", "memory.png", "loss.png", "plan.png", "results.json")
+
+_TIMED_TOKENS = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,28 +72,45 @@ def _folder(out: Path) -> Generator[None]:
 
 
 def _run(settings: Settings) -> None:
-    from magc.demo import report
-    from magc.demo.compare import compare
     from magc.demo.corpus import Corpus, windows
-    from magc.demo.model import make_model
+    from magc.demo.model import make_model, threads
+    from magc.demo.report import Machine
     from magc.demo.screen import Screen
-    from magc.demo.train import evaluate, make_plan, train
 
     started = time.perf_counter()
     screen = Screen()
-    machine = report.Machine.here(settings.device)
-    screen.title("magc demo")
-    screen.line(str(machine))
     corpus = Corpus.find(settings.corpus, settings.seed)
     text = corpus.training_tokens(settings.steps * settings.seq_len + 1)
     examples = windows(text, settings.seq_len, settings.steps)
-    held_out = corpus.draw_held_out(settings.eval_bytes)
     model = make_model(settings)
+    ids, targets = (side[:, :_TIMED_TOKENS].to(settings.device) for side in examples[0])
+    with threads(settings, model, ids, targets):
+        machine = Machine.here(settings.device)
+        screen.title("magc demo")
+        screen.line(str(machine))
+        screen.line(f"{corpus.root}: {len(corpus.train)} files to train on, {len(corpus.held_out)} held out")
+        results = _work(settings, screen, machine, corpus, model, examples, started)
+        with screen.working("drawing"):
+            _write(results)
+    screen.line(f"{results.seconds:.0f} s. Results: {', '.join(str(settings.out / name) for name in FILES)}")
+
+
+def _work(
+    settings: Settings,
+    screen: Screen,
+    machine: Machine,
+    corpus: Corpus,
+    model: Mamba2LM,
+    examples: Sequence[tuple[Tensor, Tensor]],
+    started: float,
+) -> Results:
+    from magc.demo import report
+    from magc.demo.compare import compare
+    from magc.demo.train import evaluate, make_plan, train
+
     parameters = sum(param.numel() for param in model.parameters())
-    screen.line(f"{corpus.root}: {len(corpus.train)} files to train on, {len(corpus.held_out)} held out")
-    screen.line(
-        f"Mamba-2, {settings.n_layer} layers of width {settings.d_model}, {parameters:,} parameters, one byte a token"
-    )
+    sizes = f"{settings.n_layer} layers of width {settings.d_model}, {parameters:,} parameters"
+    screen.line(f"Mamba-2, {sizes}, one byte a token")
 
     screen.title(f"1. Plan for {settings.seq_len:,} tokens within {format_bytes(settings.budget)}")
     ids, targets = examples[0]
@@ -104,6 +128,7 @@ def _run(settings: Settings) -> None:
     screen.table(report.REACH_COLUMNS, report.reach_rows(comparison))
 
     screen.title(f"3. Train on sequences of {settings.seq_len:,} tokens")
+    held_out = corpus.draw_held_out(settings.eval_bytes)
     size = sum(path.stat().st_size + 1 for path in held_out)
     with screen.steps("held-out files", size, lines=1) as advance:
         before = evaluate(model, held_out, lambda tokens: advance(tokens, "bytes"))
@@ -119,8 +144,7 @@ def _run(settings: Settings) -> None:
         after = evaluate(model, held_out, lambda tokens: advance(tokens, "bytes"))
     screen.table(report.TRAINING_COLUMNS, report.training_rows(settings, plan, training))
     screen.table(report.LOSS_COLUMNS, report.loss_rows(before, after))
-
-    results = report.Results(
+    return report.Results(
         settings=settings,
         machine=machine,
         parameters=parameters,
@@ -132,9 +156,6 @@ def _run(settings: Settings) -> None:
         after=after,
         seconds=time.perf_counter() - started,
     )
-    with screen.working("drawing"):
-        _write(results)
-    screen.line(f"{results.seconds:.0f} s. Results: {', '.join(str(settings.out / name) for name in FILES)}")
 
 
 def _write(results: Results) -> None:

@@ -21,7 +21,7 @@ from magc.planner import Planner
 
 _REPEATS = 2
 _FARTHEST = 1 << 34
-"""Longest sequence looked at, in tokens; by then integers of file formats give out before memory does."""
+"""Longest sequence looked at, in tokens."""
 
 Rule = Callable[[int], Plan]
 """The plan for a sequence of so many tokens; raises BudgetError where there is none."""
@@ -127,7 +127,7 @@ def compare(
             )
         )
     model.zero_grad(set_to_none=True)
-    lengths = tuple(_lengths(settings, costs, rules, ids.shape[1]))
+    lengths = tuple(_lengths(settings, ids.shape[1]))
     growth = {name: tuple(_peak(rule, costs, length) for length in lengths) for name, rule in rules.items()}
     return Comparison(ids.shape[1], tuple(rows), growth, lengths)
 
@@ -190,7 +190,7 @@ def _longest(rule: Rule, costs: CostModel, budget: int) -> int | None:
     return low
 
 
-def _lengths(settings: Settings, costs: CostModel, rules: dict[str, Rule], tokens: int) -> Iterator[int]:
+def _lengths(settings: Settings, tokens: int) -> Iterator[int]:
     """Powers of two around the sequences of this run."""
     shortest = max(64, min(tokens, settings.seq_len) // 16)
     length = 1 << (shortest.bit_length() - 1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +52,7 @@ class Corpus:
         if not root.is_dir():
             what = "Python's standard library is not a folder here" if own else "there is no such folder"
             raise InputError(f"{root}: {what}; {remedy}")
-        files = sorted(
-            (path for path in root.rglob("*.py") if not _SKIPPED.intersection(path.relative_to(root).parts)),
-            key=lambda path: path.relative_to(root).as_posix(),
-        )
-        files = [path for path in files if path.is_file() and path.stat().st_size]
+        files = sorted(_source_files(root), key=lambda path: path.relative_to(root).as_posix())
         if len(files) < 2:
             raise InputError(f"{root}: found {len(files)} source files, need at least 2, one to hold out; {remedy}")
         train = [path for index, path in enumerate(files) if index % _HELD_OUT_EVERY]
@@ -93,6 +90,15 @@ class Corpus:
     def names(self, paths: Sequence[Path]) -> list[str]:
         """Relative to the folder."""
         return [path.relative_to(self.root).as_posix() for path in paths]
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix == ".py" and path.is_file() and path.stat().st_size:
+                yield path
 
 
 def tokens_of(path: Path) -> Tensor:

@@ -90,18 +90,9 @@ def _growth(axes: Axes, settings: Settings, comparison: Comparison, training_pea
         fontsize=8.5,
         color=_COLORS[-1],
     )
-    axes.axhline(settings.budget, color=_BUDGET, linewidth=1.3)
-    axes.annotate(
-        f"budget {format_bytes(settings.budget)}",
-        (0, settings.budget),
-        xycoords=("axes fraction", "data"),
-        xytext=(5, 3),
-        textcoords="offset points",
-        fontsize=8.5,
-        color=_BUDGET,
-    )
     axes.plot([], [], color=_FAINT, linewidth=1.8, label="predicted")
     axes.plot([], [], "o", color=_FAINT, markersize=5.5, label="measured")
+    axes.axhline(settings.budget, color=_BUDGET, linewidth=1.3, label=f"budget {format_bytes(settings.budget)}")
     axes.legend(loc="upper left", frameon=False, fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from magc.forecast import Forecast
 from magc.nn import Mamba2Config, Mamba2LM
 from magc.plan import Plan
 
+_TRIES = 7
 EXAMPLE_TOKENS = 4096
 """Tokens on which layers are measured to plan for longer sequences."""
 
@@ -36,6 +39,44 @@ def make_model(settings: Settings) -> Mamba2LM:
             headdim=settings.headdim,
         )
         return Mamba2LM(config).to(settings.device)
+
+
+@contextmanager
+def threads(settings: Settings, model: Mamba2LM, ids: Tensor, targets: Tensor) -> Generator[int]:
+    """While operators on the CPU use the number of threads that the settings say, or that a step is fastest with.
+
+    So small a model gains little from threads, and loses much where other processes want the same cores: a thread that
+    must wait for its turn keeps all others waiting, at every operator.
+
+    Args:
+        settings: of the run.
+        model: is timed; left without gradients.
+        ids: what it is timed on, shape ``(1, tokens)``.
+        targets: the same.
+    """
+    before = torch.get_num_threads()
+    try:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        elif settings.device.type == "cpu":
+            step = Step(model, magc.GridCheckpoint(model.layers, plan=Plan.none()), ids, targets)
+            torch.set_num_threads(_fastest(step, before))
+            model.zero_grad(set_to_none=True)
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fastest(step: Step, most: int) -> int:
+    """The fewest threads with which a step takes at most a tenth more than with any other number."""
+    counts = [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
+    if len(counts) == 1:
+        return 1
+    medians: dict[int, float] = {}
+    for count in counts:
+        torch.set_num_threads(count)
+        medians[count] = statistics.median(step.seconds(1) for _ in range(_TRIES))
+    return next(count for count in counts if medians[count] <= 1.1 * min(medians.values()))
 
 
 def forecast_of(plan: Plan) -> Forecast:

@@ -33,6 +33,7 @@ class Settings:
         seq_len: bytes of text in one training step, one sequence.
         steps: training steps.
         segment: tokens per segment, all layers at once, in place of the planner's choice, which depends on timings.
+        threads: of operators on the CPU; None tries what is fastest.
         seed: of initial weights and of the order of files.
         compare_len: bytes of the sequence on which all strategies are compared; short enough to run without any.
         eval_bytes: held-out files are drawn until they have this many bytes.
@@ -47,6 +48,7 @@ class Settings:
     seq_len: int
     steps: int
     segment: int | None
+    threads: int | None
     seed: int
     compare_len: int
     eval_bytes: int
@@ -74,7 +76,7 @@ class _Defaults:
     n_layer: int
 
 
-_FULL = _Defaults(64 << 20, 1 << 15, 36, 1 << 13, 128 << 10, 4)
+_FULL = _Defaults(64 << 20, 1 << 15, 32, 1 << 13, 128 << 10, 4)
 _QUICK = _Defaults(12 << 20, 1 << 11, 6, 1 << 10, 8 << 10, 4)
 
 
@@ -103,6 +105,7 @@ def parse(argv: Sequence[str] | None) -> Settings:
         seq_len=seq_len,
         steps=chosen.steps if options.steps is None else options.steps,
         segment=segment,
+        threads=options.threads,
         seed=options.seed,
         compare_len=min(chosen.compare_len, seq_len),
         eval_bytes=chosen.eval_bytes,
@@ -114,10 +117,11 @@ def parse(argv: Sequence[str] | None) -> Settings:
     )
     for name, value, least in (
         ("--steps", settings.steps, 1),
+        ("--threads", settings.threads, 1),
         ("--seed", settings.seed, 0),
         ("--seq-len", settings.seq_len, 64),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise InputError(f"{name} {value}: give at least {least}")
     return settings
 
@@ -158,9 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--segment",
         metavar="N",
-        help="cut into segments of N tokens in place of the planner's choice, which depends on timings; with it, runs "
-        "on a CPU repeat to the bit",
+        help="cut into segments of N tokens in place of the planner's choice, which depends on timings; with it "
+        "and --threads, runs on a CPU repeat to the bit",
     )
+    option("--threads", type=int, metavar="N", help="of operators on the CPU (tries what is fastest)")
     option("--seed", type=int, default=0, metavar="N", help="of initial weights and of the order of files (0)")
     option("--quick", action="store_true", help="a few seconds: short sequences, few steps")
     return parser

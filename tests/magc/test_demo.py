@@ -194,6 +194,7 @@ def test_learning_rate_rises_and_falls() -> None:
         (["--steps", "0"], "--steps 0"),
         (["--steps", "few"], "few"),
         (["--seed", "-1"], "--seed -1"),
+        (["--threads", "0"], "--threads 0"),
         (["--device", "tpu"], "--device tpu"),
         (["--segment", "2048"], "segments of 2048 tokens need"),
         (["--corpus", "no/such/folder"], "no such folder"),
@@ -236,8 +237,9 @@ def test_an_interrupted_run_leaves_nothing(
 
     monkeypatch.setattr(moment, interrupted)
     root = small_corpus(tmp_path / "corpus")
-    options = ["--quick", "--steps", "1", "--seq-len", "64", "--corpus", str(root)]
+    options = ["--quick", "--steps", "1", "--seq-len", "64", "--threads", "2", "--corpus", str(root)]
     assert main([*options, "--out", str(tmp_path / "out")]) == 130
+    assert torch.get_num_threads() == 1
     assert "interrupted" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
 

@@ -212,7 +212,7 @@ def test_block_adds_then_normalises_and_keeps_the_residual_in_float32() -> None:
         ({"A_init_range": (0.0, 1.0)}, "A_init_range"),
         ({"dt_min": 0.2}, "dt_min"),
         ({"dt_limit": (1.0, 0.5)}, "dt_limit"),
-        ({"impl": "triton"}, "impl='triton' is not available; choose one of 'auto', 'reference'"),
+        ({"impl": "cuda"}, "impl='cuda' is not available; choose one of 'auto', 'reference'"),
     ],
 )
 def test_wrong_options_are_refused(change: dict[str, Any], message: str) -> None:

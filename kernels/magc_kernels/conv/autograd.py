@@ -17,7 +17,7 @@ from magc_kernels._triton import cdiv, check_supported, launch, on_device, refus
 from magc_kernels._triton import rows as strided
 from magc_kernels.conv import kernel
 from magc_kernels.conv.reference import Activation
-from magc_kernels.conv.reference import _check as check_arguments
+from magc_kernels.conv.reference import check as check_arguments
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def causal_conv1d(
         ValueError: a shape or the activation is wrong.
         TypeError: `x` is not floating-point, or the state is of another type.
     """
-    _check(x, weight, bias, activation, initial_state)
+    check(x, weight, bias, activation, initial_state)
     if prev_seq_idx is not None and seq_idx is None:
         raise ValueError("prev_seq_idx was given without seq_idx; pass both or neither")
     if seq_idx is not None and seq_idx.shape != x.shape[:2]:
@@ -101,7 +101,7 @@ def causal_conv1d_step(
     """
     if x.ndim != 2:
         raise ValueError(f"causal_conv1d_step takes x (batch, channels), got {tuple(x.shape)}")
-    _check(x[:, None], weight, bias, activation, state)
+    check(x[:, None], weight, bias, activation, state)
     dtype = compute_dtype(x.dtype)
     window = torch.cat([state, x[:, None]], dim=1)
     with autocast_off(x.device):
@@ -125,7 +125,8 @@ def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor 
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None) -> None:
+    """Refuse what the operator cannot work on: shapes and options."""
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must have shape (batch, length >= 1, channels), got {tuple(x.shape)}")
     batch, _, channels = x.shape

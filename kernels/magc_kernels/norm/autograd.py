@@ -15,7 +15,7 @@ from torch import Tensor
 
 from magc_kernels._triton import cdiv, check_supported, launch, next_power_of_2, on_device, refuse_double_backward
 from magc_kernels.norm import kernel
-from magc_kernels.norm.reference import _check as check_weight
+from magc_kernels.norm.reference import check as check_weight
 
 MAX_GROUP_SIZE = 16384
 """Most features normalised together: they are held in registers."""

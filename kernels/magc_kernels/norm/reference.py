@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     Raises:
         ValueError: `weight` does not fit `x`. TypeError: `x` is not floating-point.
     """
-    _check(x, weight)
+    check(x, weight)
     with autocast_off(x.device):
         return _normalise(x.to(compute_dtype(x.dtype)), weight, eps, weight.shape[0]).to(x.dtype)
 
@@ -56,7 +56,7 @@ def gated_rms_norm(
     Raises:
         ValueError: shapes or `group_size` do not fit. TypeError: `x` is not floating-point.
     """
-    _check(x, weight)
+    check(x, weight)
     features = weight.shape[0]
     group_size = features if group_size is None else group_size
     if group_size < 1 or features % group_size:
@@ -97,7 +97,7 @@ def add_rms_norm(
     Raises:
         ValueError: shapes do not fit. TypeError: `x` is not floating-point.
     """
-    _check(x, weight)
+    check(x, weight)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     dtype = compute_dtype(x.dtype)
@@ -113,7 +113,8 @@ def _normalise(x: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor
     return (grouped * scale).flatten(-2) * weight.to(x.dtype)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def check(x: Tensor, weight: Tensor) -> None:
+    """Refuse what the operator cannot work on: the sizes of x and weight."""
     if weight.ndim != 1 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(
             f"weight must have shape (features,) for x (..., features), got {tuple(weight.shape)} and {tuple(x.shape)}"

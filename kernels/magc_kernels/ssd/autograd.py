@@ -20,7 +20,7 @@ from magc_kernels._triton import rows as strided
 from magc_kernels.ssd import _kernel_backward as backward_kernels
 from magc_kernels.ssd import kernel
 from magc_kernels.ssd._config import SSDConfig, heads_per_program, ssd_config
-from magc_kernels.ssd.reference import _check as check_arguments
+from magc_kernels.ssd.reference import check as check_arguments
 
 _STEP_HEADS = 8
 """Heads per program of the two kernels on steps."""

@@ -80,7 +80,7 @@ def ssd(
         ValueError: a shape, `dt_limit` or `chunk_size` is wrong.
         TypeError: `x` is not floating-point.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state)
+    check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if prev_seq_idx is not None and seq_idx is None:
@@ -178,7 +178,7 @@ def ssd_step(
             "ssd_step takes x (batch, heads, headdim), dt (batch, heads) and B, C (batch, groups, d_state); "
             f"got x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)}"
         )
-    _check(
+    check(
         x[:, None],
         dt[:, None],
         A,
@@ -285,7 +285,7 @@ def _pad(x: Tensor, tail: int) -> Tensor:
     return functional.pad(x, (0, 0) * (x.ndim - 2) + (0, tail)) if tail else x
 
 
-def _check(
+def check(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -297,6 +297,7 @@ def _check(
     dt_limit: tuple[float, float],
     state: Tensor | None,
 ) -> None:
+    """Refuse what the operator cannot work on: shapes, types and options."""
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x must have shape (batch, length >= 1, heads, headdim), got {tuple(x.shape)}")
     batch, length, heads, headdim = x.shape
