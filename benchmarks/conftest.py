@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+collect_ignore = ["bench_kernels.py"]  # a script: it times CUDA graphs itself, and needs a GPU and Triton
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--device``."""
