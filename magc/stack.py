@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def build_stack(
     """Collect stages and their trainable parameters.
 
     Raises:
-        LayerContractError: there is no layer, or one is not callable.
+        LayerContractError: there is no layer, or one is not callable, or not with a state.
     """
     if not len(layers):
         raise LayerContractError("a stack needs at least one layer, got an empty list")
@@ -135,6 +136,8 @@ def build_stack(
     def stage(kind: StageKind, name: str, call: Callable[..., Any]) -> Stage:
         if not callable(call):
             raise LayerContractError(f"{name} is a {type(call).__name__}, which cannot be called; give an nn.Module")
+        if kind is StageKind.LAYER:
+            _require_state_argument(name, call)
         slots: list[ParamSlot] = []
         if isinstance(call, nn.Module):
             for module in call.modules():
@@ -156,6 +159,21 @@ def build_stack(
         seq_dim=seq_dim,
         memory=StackMemory() if memory is None else memory,
     )
+
+
+def _require_state_argument(name: str, call: Callable[..., Any]) -> None:
+    """Refuse a layer that cannot be called as ``layer(x, state)``, as far as its signature can be read."""
+    try:
+        signature = inspect.signature(call.forward if isinstance(call, nn.Module) else call)
+    except (TypeError, ValueError):
+        return  # scripted and built-in callables have none
+    try:
+        signature.bind_partial(None, None)  # side inputs may be required keywords
+    except TypeError:
+        raise LayerContractError(
+            f"{name} ({type(call).__name__}) takes {signature}, but a layer is called as layer(x, state) and returns "
+            f"(y, new_state). If it treats every token on its own, wrap it with magc.stateless(layer)"
+        ) from None
 
 
 def _rounds_by_grad_mode(call: object) -> bool:

@@ -221,3 +221,8 @@ def test_rnn_modules_need_an_adapter_or_a_matching_state() -> None:
     assert len(states) == 3
     grid = GridCheckpoint([nn.LSTM(WIDTH, WIDTH, batch_first=True)], Plan(tokens=2))
     assert_same_bits(grid(torch.ones(2, 5, WIDTH))[0], grid.layers[0](torch.ones(2, 5, WIDTH))[0])
+
+
+def test_a_layer_without_a_state_argument_is_refused_before_it_runs() -> None:
+    with pytest.raises(LayerContractError, match=r"layer 1 \(Linear\) takes \(input.*wrap it with magc.stateless"):
+        grid_checkpoint([nn.GRU(4, 4, batch_first=True), nn.Linear(4, 4)], torch.randn(1, 3, 4), plan=Plan())
