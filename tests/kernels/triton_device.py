@@ -1,14 +1,14 @@
 """Where Triton kernels are tested: on the GPU, or in Triton's interpreter on a machine without one.
 
-Import this before anything that imports Triton. The interpreter computes in NumPy. It is exact enough for float32
-and float16; bfloat16 products are wrong in it (triton-lang/triton issue 11584), so those are tested on a GPU only.
+``tests/conftest.py`` switches the interpreter on before anything imports Triton. It computes in NumPy, exactly enough
+for float32 and float16; bfloat16 products are wrong in it (triton-lang/triton issue 11584), so those are tested on a GPU
+only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +20,6 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @contextlib.contextmanager
