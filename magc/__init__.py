@@ -1,6 +1,6 @@
 """Exact, memory-bounded training of recurrent and state-space models on sequences of any length."""
 
-from magc.ambient import is_recomputing
+from magc.ambient import is_output_needed, is_recomputing
 from magc.check import CheckReport, check
 from magc.checkpoint import GridCheckpoint, grid_checkpoint
 from magc.contract import stateless
@@ -20,6 +20,7 @@ __all__ = [
     "check",
     "forecast",
     "grid_checkpoint",
+    "is_output_needed",
     "is_recomputing",
     "plan",
     "stateless",

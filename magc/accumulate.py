@@ -3,6 +3,9 @@
 Summing hundreds of segments' gradients in bf16 loses most of the mantissa (relative error about 2.7e-2 at 512 segments,
 2.9e-3 in fp32), so each parameter has one accumulator in at least fp32. A parameter that only one cell uses needs none:
 its gradient is delivered as it is.
+
+Two ways in: gradients that autograd makes are added by `GradSink.add`; operators that know how (``magc.nn``'s, see
+``magc_kernels._accumulate``) fetch the sum by the proxy's ``grad_sum()`` and add to it inside their own kernels.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ class GradSink(Protocol):
         """Take a gradient of parameter ``index``."""
         ...
 
+    def total(self, index: int) -> Tensor | None:
+        """The sum of parameter ``index``'s gradients, to be added to in place; None if there is to be no sum."""
+        ...
+
 
 class GradAccumulator:
     """Sums of the gradients of a stack's parameters.
@@ -36,6 +43,7 @@ class GradAccumulator:
             param.dtype if alone else torch.promote_types(param.dtype, dtype)
             for param, alone in zip(params, single, strict=True)
         ]
+        self._params = tuple(params)
         self._single = tuple(single)
         self._delivered = [param.dtype for param in params]
         self._sums: list[Tensor | None] = [None] * len(params)
@@ -49,6 +57,16 @@ class GradAccumulator:
         else:
             total.add_(grad)
 
+    def total(self, index: int) -> Tensor | None:
+        """The sum, made when it is first asked for; None for a parameter with one gradient."""
+        if self._single[index]:
+            return None
+        total = self._sums[index]
+        if total is None:
+            total = torch.zeros_like(self._params[index], dtype=self._dtypes[index], requires_grad=False)
+            self._sums[index] = total
+        return total
+
     def deliver(self) -> list[Tensor | None]:
         """The sums in the parameters' dtypes, None for parameters without a gradient; the accumulator is empty then."""
         delivered: list[Tensor | None] = []
@@ -58,11 +76,25 @@ class GradAccumulator:
         return delivered
 
 
+class Proxy(nn.Parameter):
+    """A leaf that shares a parameter's memory; its ``grad_sum()`` is what operators add gradients to themselves."""
+
+    sink: GradSink
+    place: int
+
+    def grad_sum(self) -> Tensor | None:
+        """See `GradSink.total`."""
+        return self.sink.total(self.place)
+
+
 def make_proxies(params: Sequence[nn.Parameter], sink: GradSink) -> list[nn.Parameter]:
     """Leaves that share the parameters' memory and hand each gradient to the sink as soon as it is complete."""
     proxies: list[nn.Parameter] = []
     for index, param in enumerate(params):
-        proxy = nn.Parameter(param.detach(), requires_grad=True)
+        proxy = Proxy(param.detach(), requires_grad=True)
+        if isinstance(proxy, Proxy):  # pyright: ignore[reportUnnecessaryIsInstance]
+            # Of a tensor subclass (DTensor) nn.Parameter makes one of that subclass: autograd makes its gradients.
+            proxy.sink, proxy.place = sink, index
         proxy.register_post_accumulate_grad_hook(_hand_over(index, sink))  # pyright: ignore[reportUnknownMemberType]
         proxies.append(proxy)
     return proxies

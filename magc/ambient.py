@@ -17,6 +17,7 @@ from torch import Tensor
 
 class _Pass(threading.local):
     recomputing: bool = False
+    output_needed: bool = True
 
 
 _PASS = _Pass()
@@ -35,6 +36,26 @@ def recomputing() -> Generator[None]:
         yield
     finally:
         _PASS.recomputing = before
+
+
+def is_output_needed() -> bool:
+    """Whether anybody will read the values of what the running layer returns as its output.
+
+    False for the last layer of a cell that is recomputed for its backward: the output was handed on long ago, and only
+    gradients will pass through it. A layer may then skip what only its output needs and return a tensor of the right
+    shape and type with any values. New states are not needed either.
+    """
+    return _PASS.output_needed
+
+
+@contextmanager
+def output_unneeded() -> Generator[None]:
+    """Mark the output of the layer that the calling thread runs as one that nobody will read."""
+    before, _PASS.output_needed = _PASS.output_needed, False
+    try:
+        yield
+    finally:
+        _PASS.output_needed = before
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,6 +269,7 @@ class Execution:
             inputs,
             self._needs(group, segment, inputs),
             self._proxies,
+            output_needed=self._first_pass,
         )
         self._tapes[group, segment] = tape
         if self._first_pass:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -123,19 +123,18 @@ def with_notes(given: Plan, notes: tuple[str, ...]) -> Plan:
 def stack_notes(request: Request) -> tuple[str, ...]:
     """The runner of a request's cells, and the implementations behind the layers that say which they use."""
     used = Counter(name for stage in request.stack.layers for name in set(_implementations(stage, request.device)))
-    plain = {"reference": " (plain PyTorch)"}
     layers = len(request.stack.layers)
-    shown = ", ".join(f"{name!r}{plain.get(name, '')} in {count} of {layers} layers" for name, count in used.items())
+    shown = ", ".join(f"{name} in {count} of {layers} layers" for name, count in used.items())
     return ("cells run eagerly", *([f"implementation of magc.nn's operators: {shown}"] if used else []))
 
 
 def _implementations(stage: Stage, device: torch.device) -> Iterator[str]:
+    """What the stage's modules say of themselves (`magc.nn.Mamba2.implementation`)."""
     for module in stage.modules:
-        impl = vars(module).get("impl")
-        if isinstance(impl, str) and type(module).__module__.startswith("magc.nn."):
-            from magc.nn.operators import check_impl, operators
-
-            yield operators(check_impl(impl), device).name
+        if type(module).__module__.startswith("magc.nn.") and hasattr(module, "implementation"):
+            choice = cast(Any, module).implementation(device)
+            why = f", since {choice.reason}" if choice.reason else ""
+            yield f"{choice.name!r}{' (plain PyTorch' + why + ')' if choice.name == 'reference' else ''}"
 
 
 def plan_request(request: Request, *, budget: int, host_budget: int | None, use_disk: bool) -> Plan:

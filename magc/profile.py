@@ -154,8 +154,22 @@ def _signature(stage: Stage) -> object:
 class _Discard:
     """A sink for gradients nobody wants."""
 
+    def __init__(self, params: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+        self._params = params
+        self._dtype = dtype
+        self._scratch: dict[torch.dtype, Tensor] = {}
+
     def add(self, index: int, grad: Tensor) -> None:
         """Drop it."""
+
+    def total(self, index: int) -> Tensor | None:
+        """One piece of memory for all sums, as large as the largest: what they hold is no matter."""
+        param = self._params[index]
+        dtype = torch.promote_types(param.dtype, self._dtype)
+        scratch = self._scratch.get(dtype)
+        if scratch is None or scratch.numel() < param.numel():
+            scratch = self._scratch[dtype] = torch.zeros(param.numel(), dtype=dtype, device=param.device)
+        return scratch[: param.numel()].view(param.shape)
 
 
 @dataclass(slots=True)
@@ -175,7 +189,7 @@ class _Measurement:
         self._device, self._stages = request.device, stages
         self._ambient = Ambient.capture(request.device)
         self._runner = EagerRunner(stack, self._ambient)
-        self._proxies = make_proxies(stack.params, _Discard())
+        self._proxies = make_proxies(stack.params, _Discard(stack.params, request.accumulate))
         self._side: dict[str, PyTree] = {
             name: source.segment(0, tokens).tree() for name, source in request.side.items()
         }

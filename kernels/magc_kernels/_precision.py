@@ -21,3 +21,11 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def autocast_type(x: torch.Tensor) -> torch.dtype | None:
+    """Type in which autocast runs matrix products of `x`; None where it is off, or leaves `x` alone."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

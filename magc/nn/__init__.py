@@ -5,6 +5,8 @@ names.
 from magc.nn.block import Mamba2Block
 from magc.nn.config import Mamba2Config
 from magc.nn.lm import Mamba2LM
-from magc.nn.mamba2 import Mamba2, Mamba2State
+from magc.nn.mamba import Mamba, MambaState
+from magc.nn.mamba2 import Mamba2
+from magc.nn.mamba2_values import Mamba2State
 
-__all__ = ["Mamba2", "Mamba2Block", "Mamba2Config", "Mamba2LM", "Mamba2State"]
+__all__ = ["Mamba", "Mamba2", "Mamba2Block", "Mamba2Config", "Mamba2LM", "Mamba2State", "MambaState"]

@@ -7,7 +7,9 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from magc.nn.mamba2 import Mamba2, Mamba2Options, Mamba2State
+from magc.nn import fused
+from magc.nn.mamba2 import Mamba2
+from magc.nn.mamba2_values import Mamba2Options, Mamba2State
 from magc.nn.norm import AddRMSNorm
 from magc.nn.operators import Impl
 
@@ -79,6 +81,10 @@ class Mamba2Block(nn.Module):
             InputError, StateError: as `Mamba2.forward`.
         """
         hidden, residual = (x, None) if isinstance(x, Tensor) else x
+        if fused.runs_fused(self.mixer, hidden, self.norm) and not fused.hooked(self.mixer):
+            hidden, residual, new_state = fused.run(self.mixer, hidden, state, seq_idx, (self.norm, residual))
+            assert residual is not None
+            return (hidden, residual), new_state
         hidden, residual = self.norm(hidden, residual)
         hidden, new_state = self.mixer(hidden, state, seq_idx=seq_idx)
         return (hidden, residual), new_state

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from magc.errors import InputError
-from magc.nn.mamba2 import Mamba2Options
+from magc.nn.mamba2_values import Mamba2Options
 
 _PUBLISHED = {
     "mamba2-130m": (768, 24),
@@ -18,7 +18,8 @@ _PUBLISHED = {
     "mamba2-2.7b": (2560, 64),
 }
 
-_MIXER_FIELDS = tuple(Mamba2Options.__annotations__)
+# `keep` says how a layer runs, not what the model computes.
+_MIXER_FIELDS = tuple(name for name in Mamba2Options.__annotations__ if name != "keep")
 
 # Settings of mamba-ssm's kernels and ranks that do not change what the model computes.
 _WITHOUT_EFFECT = {"fused_add_norm"}

@@ -15,10 +15,12 @@ from magc.errors import InputError, StateError
 from magc.nn.block import Mamba2Block, Stream
 from magc.nn.config import Mamba2Config
 from magc.nn.generation import generate
-from magc.nn.mamba2 import Mamba2State
+from magc.nn.linear import Linear
+from magc.nn.mamba2_values import Mamba2State
 from magc.nn.norm import AddRMSNorm
 from magc.nn.operators import Impl
 from magc.nn.pretrained import load_config, load_weights, save_model
+from magc_kernels.mamba2.values import Keep
 
 LMState = tuple[Mamba2State, ...]
 """One state per layer, first layer first."""
@@ -64,7 +66,12 @@ class _Backbone(nn.Module):
     """Holds the parameters of everything but the projection, under mamba-ssm's names."""
 
     def __init__(
-        self, config: Mamba2Config, impl: Impl, device: torch.device | str | None, dtype: torch.dtype | None
+        self,
+        config: Mamba2Config,
+        keep: Keep,
+        impl: Impl,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, device=device, dtype=dtype)
@@ -76,6 +83,7 @@ class _Backbone(nn.Module):
                 impl=impl,
                 device=device,
                 dtype=dtype,
+                keep=keep,
                 **config.mixer_options(),
             )
             for _ in range(config.n_layer)
@@ -98,6 +106,7 @@ class Mamba2LM(nn.Module):
 
     Args:
         config: sizes and options.
+        keep: see `Mamba2`.
         impl: see `magc.nn.operators.Impl`.
         device, dtype: of all parameters.
 
@@ -109,14 +118,15 @@ class Mamba2LM(nn.Module):
         self,
         config: Mamba2Config,
         *,
+        keep: Keep = "states",
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = _Backbone(config, impl, device, dtype)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
+        self.backbone = _Backbone(config, keep, impl, device, dtype)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
         # In a tuple, so that nn.Module does not register it: its parameters belong to backbone and lm_head.
         self._head = (LMHead(self.backbone.norm_f, self.lm_head),)
         self._reset_model_parameters()
@@ -243,6 +253,7 @@ class Mamba2LM(nn.Module):
         cls,
         folder: str | PathLike[str],
         *,
+        keep: Keep = "states",
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -251,6 +262,7 @@ class Mamba2LM(nn.Module):
 
         Args:
             folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`.
+            keep: see `Mamba2`.
             impl: see `magc.nn.operators.Impl`.
             device: of the parameters; None: torch's default.
             dtype: of the parameters; None: torch's default.
@@ -263,7 +275,7 @@ class Mamba2LM(nn.Module):
         device = torch.get_default_device() if device is None else device
         dtype = torch.get_default_dtype() if dtype is None else dtype
         with torch.device("meta"):
-            model = cls(config, impl=impl, dtype=dtype)
+            model = cls(config, keep=keep, impl=impl, dtype=dtype)
         expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
         tied = {"lm_head.weight": "backbone.embedding.weight"} if config.tie_embeddings else {}
         weights = load_weights(folder, expected, tied)

@@ -8,50 +8,24 @@ headdim, G groups, N d_state.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypedDict
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from magc.errors import InputError, StateError
+from magc.nn import fused
+from magc.nn.linear import Linear
+from magc.nn.mamba2_values import Mamba2State
 from magc.nn.norm import GatedRMSNorm
-from magc.nn.operators import Impl, Operators, check_impl, operators
+from magc.nn.operators import Choice, Impl, Operators, check_impl, choose, operators
 from magc_kernels._packing import keep_if
+from magc_kernels.mamba2.values import Keep
 
-
-class Mamba2State(NamedTuple):
-    """What a Mamba-2 layer carries from one segment to the next."""
-
-    conv: Tensor
-    """Last inputs of the convolution, oldest first, `(batch, d_conv - 1, channels)`, in the input's type."""
-    ssm: Tensor
-    """State of the scan, `(batch, heads, headdim, d_state)`, float32 (float64 for float64 activations)."""
-    seq_idx: Tensor | None = None
-    """Document of the last token, `(batch,)` int32; None unless sequences are packed."""
-
-
-class Mamba2Options(TypedDict, total=False):
-    """Keyword options of `Mamba2`, for layers that build one."""
-
-    d_state: int
-    d_conv: int
-    conv_init: float | None
-    expand: int
-    headdim: int
-    d_ssm: int | None
-    ngroups: int
-    A_init_range: tuple[float, float]
-    D_has_hdim: bool
-    rmsnorm: bool
-    norm_before_gate: bool
-    dt_min: float
-    dt_max: float
-    dt_init_floor: float
-    dt_limit: tuple[float, float]
-    bias: bool
-    conv_bias: bool
-    chunk_size: int
+TRITON_HEADDIMS = (16, 32, 64, 128)
+TRITON_D_STATES = (16, 32, 64, 128, 256)
+"""Sizes that `magc_kernels.ssd.autograd` takes, known here without Triton."""
 
 
 class Mamba2(nn.Module):
@@ -75,6 +49,9 @@ class Mamba2(nn.Module):
         bias, conv_bias: whether the projections and the convolution have biases.
         chunk_size: most tokens in a chunk of the scan. An implementation may take less: results do not depend
             on it.
+        keep: how much the Triton implementation keeps for the backward, from the least memory to the least work:
+            "projection", "states" or "outputs"; bytes are in `magc_kernels.mamba2.autograd`. Results do not depend on
+            it.
         impl: see `magc.nn.operators.Impl`.
         device, dtype: of all parameters.
 
@@ -104,6 +81,7 @@ class Mamba2(nn.Module):
         conv_bias: bool = True,
         chunk_size: int = 256,
         *,
+        keep: Keep = "states",
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -123,6 +101,7 @@ class Mamba2(nn.Module):
         self.dt_init = (dt_min, dt_max, dt_init_floor)
         self.dt_limit = dt_limit
         self.chunk_size = chunk_size
+        self.keep: Keep = keep
         self.impl: Impl = check_impl(impl)
         self._check_sizes()
 
@@ -130,7 +109,7 @@ class Mamba2(nn.Module):
         self.conv_channels = self.d_ssm + 2 * ngroups * d_state
         # Order of the outputs: z and x of the MLP part, z, x, B, C, dt.
         self._in_proj_sizes = [self.d_mlp, self.d_mlp, self.d_ssm, self.conv_channels, self.nheads]
-        self.in_proj = nn.Linear(d_model, sum(self._in_proj_sizes), bias=bias, device=device, dtype=dtype)
+        self.in_proj = Linear(d_model, sum(self._in_proj_sizes), bias=bias, device=device, dtype=dtype)
         # Only holds the parameters under their usual names; the operator takes them from here.
         self.conv1d = nn.Conv1d(
             self.conv_channels,
@@ -156,7 +135,7 @@ class Mamba2(nn.Module):
             if rmsnorm
             else None
         )
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, device=device, dtype=dtype)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, device=device, dtype=dtype)
         self._reset_scan_parameters()
         self.mark_no_weight_decay()
 
@@ -218,10 +197,13 @@ class Mamba2(nn.Module):
             InputError: `x_BLD` or `seq_idx` has a wrong shape or type.
             StateError: `state` does not fit the layer, the input, or the use of `seq_idx`.
         """
-        self._check_input(x_BLD, seq_idx)
+        self.check_input(x_BLD, seq_idx)
+        if fused.runs_fused(self, x_BLD):
+            y, _, new_state = fused.run(self, x_BLD, state, seq_idx)
+            return y, new_state
         z0, x0, z, xBC, dt = torch.split(self.in_proj(x_BLD), self._in_proj_sizes, dim=-1)
-        self._check_state(state, xBC, seq_idx)
-        run = operators(self.impl, x_BLD.device)
+        self.check_state(state, xBC.shape[0], xBC.device, xBC.dtype, seq_idx)
+        run = operators(self.impl, xBC.device, xBC.dtype, self._obstacle())
         # In the precision of the scan: a half-precision exp could overflow.
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         if x_BLD.shape[1] == 1:
@@ -233,6 +215,18 @@ class Mamba2(nn.Module):
         if self.d_mlp:
             y = torch.cat([functional.silu(z0) * x0, y], dim=-1)
         return self.out_proj(y), new_state
+
+    def implementation(self, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
+        """What `impl` stands for on a device; `dtype` is that of the activations, if known."""
+        return choose(self.impl, device, dtype, self._obstacle())
+
+    def _obstacle(self) -> str:
+        """Why the Triton scan does not take these sizes; empty if it does."""
+        if self.headdim not in TRITON_HEADDIMS:
+            return f"the Triton scan takes no headdim {self.headdim}"
+        if self.d_state not in TRITON_D_STATES:
+            return f"the Triton scan takes no d_state {self.d_state}"
+        return "" if self.chunk_size >= 16 else "the Triton scan takes no chunk_size under 16"
 
     def _scan(
         self,
@@ -271,8 +265,7 @@ class Mamba2(nn.Module):
             prev_seq_idx=prev_seq_idx,
             chunk_size=min(self.chunk_size, run.max_chunk_size),
         )
-        last_seq_idx = None if seq_idx is None else seq_idx[:, -1].to(torch.int32, copy=True)
-        return y.flatten(-2), Mamba2State(conv_state, ssm_state, last_seq_idx)
+        return y.flatten(-2), Mamba2State(conv_state, ssm_state, _last(seq_idx))
 
     def _step(
         self,
@@ -307,8 +300,7 @@ class Mamba2(nn.Module):
             dt_softplus=True,
             dt_limit=self.dt_limit,
         )
-        last_seq_idx = None if seq_idx is None else seq_idx[:, -1].to(torch.int32, copy=True)
-        return y.flatten(-2).unsqueeze(1), Mamba2State(conv_state, ssm_state, last_seq_idx)
+        return y.flatten(-2).unsqueeze(1), Mamba2State(conv_state, ssm_state, _last(seq_idx))
 
     def _split_conv_output(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         group_sizes = [self.ngroups * self.d_state] * 2
@@ -359,6 +351,8 @@ class Mamba2(nn.Module):
                 f"ngroups={self.ngroups} must divide the number of heads, "
                 f"d_ssm / headdim = {self.d_ssm // self.headdim}"
             )
+        if self.keep not in get_args(Keep):
+            raise InputError(f"keep={self.keep!r} is not one of {', '.join(map(repr, get_args(Keep)))}")
         low, high = self.A_init_range
         if not 0 < low <= high:
             raise InputError(f"A_init_range must be (low, high) with 0 < low <= high, got {self.A_init_range}")
@@ -368,7 +362,8 @@ class Mamba2(nn.Module):
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             raise InputError(f"dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}")
 
-    def _check_input(self, x: Tensor, seq_idx: Tensor | None) -> None:
+    def check_input(self, x: Tensor, seq_idx: Tensor | None) -> None:
+        """Raise InputError unless a segment has the shape that `forward` takes."""
         if x.ndim != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
             raise InputError(
                 f"Mamba2 takes x of shape (batch, length >= 1, d_model={self.d_model}), got {tuple(x.shape)}"
@@ -379,7 +374,15 @@ class Mamba2(nn.Module):
                 f"got {seq_idx.dtype} {tuple(seq_idx.shape)}"
             )
 
-    def _check_state(self, state: Mamba2State | None, xBC: Tensor, seq_idx: Tensor | None) -> None:
+    def check_state(
+        self,
+        state: Mamba2State | None,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        seq_idx: Tensor | None,
+    ) -> None:
+        """Raise StateError unless a state fits the layer, activations of this kind, and the use of `seq_idx`."""
         if state is None:
             return
         if (state.seq_idx is None) != (seq_idx is None):
@@ -388,17 +391,20 @@ class Mamba2(nn.Module):
                 f"{given} has a seq_idx and {missing} has none; give seq_idx for every segment of a "
                 "sequence or for none (initial_state(batch_size, packed=True) makes a packed zero state)"
             )
-        batch = xBC.shape[0]
-        ssm_dtype = torch.promote_types(xBC.dtype, torch.float32)
+        ssm_dtype = torch.promote_types(dtype, torch.float32)
         expected = {
-            "conv": (state.conv, (batch, self.d_conv - 1, self.conv_channels), xBC.dtype),
+            "conv": (state.conv, (batch, self.d_conv - 1, self.conv_channels), dtype),
             "ssm": (state.ssm, (batch, self.nheads, self.headdim, self.d_state), ssm_dtype),
         }
-        for name, (tensor, shape, dtype) in expected.items():
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != xBC.device:
+        for name, (tensor, shape, wanted) in expected.items():
+            if tuple(tensor.shape) != shape or tensor.dtype != wanted or tensor.device != device:
                 raise StateError(
-                    f"state.{name} must be {dtype} {shape} on {xBC.device}, "
+                    f"state.{name} must be {wanted} {shape} on {device}, "
                     f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
                 )
         if state.seq_idx is not None and tuple(state.seq_idx.shape) != (batch,):
             raise StateError(f"state.seq_idx must have shape ({batch},), got {tuple(state.seq_idx.shape)}")
+
+
+def _last(seq_idx: Tensor | None) -> Tensor | None:
+    return None if seq_idx is None else seq_idx[:, -1].to(torch.int32, copy=True)

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from magc.nn.operators import Impl, check_impl, operators
 
+MAX_GROUP_SIZE = 16384
+"""Most features normalised together by the Triton norms (`magc_kernels.norm.autograd.MAX_GROUP_SIZE`)."""
+
 
 class AddRMSNorm(nn.Module):
     """Add to the residual stream, then RMSNorm: the start of a pre-norm block.
@@ -42,7 +45,7 @@ class AddRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the normalised sum, typed as `x`, and the sum. Both are shaped as `x` `(..., features)`."""
-        return operators(self.impl, x.device).add_rms_norm(
+        return operators(self.impl, x.device, x.dtype, _obstacle(self.weight.shape[0])).add_rms_norm(
             x, residual, self.weight, eps=self.eps, residual_in_fp32=self.residual_in_fp32
         )
 
@@ -83,7 +86,8 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the normalised `x` gated by `z`; all shaped `(..., features)`."""
-        return operators(self.impl, x.device).gated_rms_norm(
+        obstacle = _obstacle(self.group_size or self.weight.shape[0])
+        return operators(self.impl, x.device, x.dtype, obstacle).gated_rms_norm(
             x,
             z,
             self.weight,
@@ -91,3 +95,7 @@ class GatedRMSNorm(nn.Module):
             group_size=self.group_size,
             norm_before_gate=self.norm_before_gate,
         )
+
+
+def _obstacle(group_size: int) -> str:
+    return f"{group_size} features in a group are too many for the Triton norms" if group_size > MAX_GROUP_SIZE else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -13,22 +14,34 @@ from torch import Tensor
 from magc.errors import InputError, MissingExtraError
 from magc_kernels.conv import reference as conv_reference
 from magc_kernels.norm import reference as norm_reference
+from magc_kernels.selective_scan import reference as selective_scan_reference
 from magc_kernels.ssd import reference as ssd_reference
 
 Impl = Literal["auto", "reference", "triton"]
-"""`"reference"`: plain PyTorch, any device. `"triton"`: Triton kernels, CUDA devices only. `"auto"`: at present the
-reference everywhere."""
+"""`"reference"`: plain PyTorch, any device. `"triton"`: Triton kernels, CUDA devices only. `"auto"`: Triton on a CUDA
+device where it is installed and takes the layer's sizes and type, the reference elsewhere (see `choose`)."""
 
 _KNOWN = ("auto", "reference", "triton")
+_TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that an `impl` stands for somewhere, and why not a faster one."""
+
+    name: Literal["reference", "triton"]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Operators:
-    """The operators of a Mamba-2 layer in one implementation; signatures as in `magc_kernels.*.reference`."""
+    """The operators of a Mamba layer in one implementation; signatures as in `magc_kernels.*.reference`."""
 
     name: str
     ssd: Callable[..., tuple[Tensor, Tensor]]
     ssd_step: Callable[..., tuple[Tensor, Tensor]]
+    selective_scan: Callable[..., tuple[Tensor, Tensor]]
+    selective_scan_step: Callable[..., tuple[Tensor, Tensor]]
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     causal_conv1d_step: Callable[..., tuple[Tensor, Tensor]]
     gated_rms_norm: Callable[..., Tensor]
@@ -41,6 +54,8 @@ _REFERENCE = Operators(
     name="reference",
     ssd=ssd_reference.ssd,
     ssd_step=ssd_reference.ssd_step,
+    selective_scan=selective_scan_reference.selective_scan,
+    selective_scan_step=selective_scan_reference.selective_scan_step,
     causal_conv1d=conv_reference.causal_conv1d,
     causal_conv1d_step=conv_reference.causal_conv1d_step,
     gated_rms_norm=norm_reference.gated_rms_norm,
@@ -56,15 +71,37 @@ def check_impl(impl: str) -> Impl:
     return impl
 
 
-def operators(impl: Impl, device: torch.device) -> Operators:
-    """The operators that `impl` stands for on `device`.
+def choose(impl: Impl, device: torch.device, dtype: torch.dtype | None = None, obstacle: str = "") -> Choice:
+    """What `impl` stands for.
+
+    Args:
+        impl: the name. Other names than `"auto"` are taken at their word: an operator that cannot work says so itself.
+        device: where the layer's input is.
+        dtype: what it computes in; None if that is not known yet.
+        obstacle: why the Triton kernels do not take the layer's sizes; empty if they do.
+
+    Raises:
+        InputError: there is no such implementation.
+    """
+    if check_impl(impl) != "auto":
+        return Choice("triton" if impl == "triton" else "reference")
+    if device.type != "cuda":
+        return Choice("reference")
+    if find_spec("triton") is None:
+        return Choice("reference", "the package triton is not installed")
+    if dtype is not None and dtype not in _TRITON_TYPES:
+        return Choice("reference", f"no Triton kernels for {dtype}")
+    return Choice("reference", obstacle) if obstacle else Choice("triton")
+
+
+def operators(impl: Impl, device: torch.device, dtype: torch.dtype | None = None, obstacle: str = "") -> Operators:
+    """The operators that `impl` stands for; arguments as of `choose`.
 
     Raises:
         InputError: there is no such implementation.
         MissingExtraError: `impl="triton"` without the package `triton`.
     """
-    del device  # "auto" does not choose by device yet
-    return _triton() if check_impl(impl) == "triton" else _REFERENCE
+    return _triton() if choose(impl, device, dtype, obstacle).name == "triton" else _REFERENCE
 
 
 @functools.cache
@@ -72,6 +109,7 @@ def _triton() -> Operators:
     try:
         from magc_kernels.conv import autograd as conv_triton
         from magc_kernels.norm import autograd as norm_triton
+        from magc_kernels.selective_scan import autograd as selective_scan_triton
         from magc_kernels.ssd import autograd as ssd_triton
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "triton":
@@ -82,6 +120,8 @@ def _triton() -> Operators:
         ssd=ssd_triton.ssd,
         # One token is a few small products, which PyTorch does as well.
         ssd_step=ssd_reference.ssd_step,
+        selective_scan=selective_scan_triton.selective_scan,
+        selective_scan_step=selective_scan_reference.selective_scan_step,
         causal_conv1d=conv_triton.causal_conv1d,
         causal_conv1d_step=conv_reference.causal_conv1d_step,
         gated_rms_norm=norm_triton.gated_rms_norm,

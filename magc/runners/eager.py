@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from magc.ambient import Ambient
+from magc.ambient import Ambient, output_unneeded
 from magc.contract import call_layer
 from magc.errors import InputError, LayerContractError
 from magc.stack import Stack, Stage, StageKind, swapped
@@ -114,6 +114,8 @@ class EagerRunner:
         inputs: CellInputs,
         needs: CellNeeds,
         proxies: Sequence[nn.Parameter],
+        *,
+        output_needed: bool = True,
     ) -> Tape:
         """Run and keep the graph.
 
@@ -123,6 +125,7 @@ class EagerRunner:
             inputs: what it runs on; never written into.
             needs: which of them need gradients.
             proxies: leaves standing for the stack's parameters.
+            output_needed: whether the values of the border that comes out matter; see `magc.ambient.is_output_needed`.
 
         Raises:
             LayerContractError: the graph reaches a tensor that needs a gradient but belongs neither to the cell's
@@ -142,7 +145,7 @@ class EagerRunner:
             inputs.targets,
         )
         with torch.enable_grad(), swapped(stages, proxies):
-            outputs = self._call(first, stages, leaves)
+            outputs = self._call(first, stages, leaves, output_needed=output_needed)
         self._verify(stages, outputs, [*x, *(leaf for state in states for leaf in state), *proxies])
         return Tape(x, states, outputs)
 
@@ -181,6 +184,8 @@ class EagerRunner:
         stages: Sequence[Stage],
         inputs: CellInputs,
         cut: Sequence[nn.Parameter] | None = None,
+        *,
+        output_needed: bool = True,
     ) -> CellOutputs:
         key = (first, len(stages))
         writes_input = self._stack.memory.writes_input.get(key)
@@ -190,7 +195,7 @@ class EagerRunner:
             # caller's own tensor.
             x_flat = x_flat.map(duplicate)
         versions = [None if leaf is None else version(leaf) for leaf in x_flat.leaves]
-        outputs = self._call_stages(stages, inputs, x_flat.tree(), cut)
+        outputs = self._call_stages(stages, inputs, x_flat.tree(), cut, output_needed)
         wrote = any(
             leaf is not None and before != version(leaf) for leaf, before in zip(x_flat.leaves, versions, strict=True)
         )
@@ -204,7 +209,12 @@ class EagerRunner:
         return outputs
 
     def _call_stages(
-        self, stages: Sequence[Stage], inputs: CellInputs, x: PyTree, cut: Sequence[nn.Parameter] | None
+        self,
+        stages: Sequence[Stage],
+        inputs: CellInputs,
+        x: PyTree,
+        cut: Sequence[nn.Parameter] | None,
+        output_needed: bool,
     ) -> CellOutputs:
         """Call stages in a row; with ``cut``, the leaves of their graphs, a stage's graph is let go of at once."""
         new_states: list[Flat] = []
@@ -224,9 +234,11 @@ class EagerRunner:
                     if state is not None and stage.name not in self._stack.memory.keeps_state:
                         # It is a checkpoint, or the caller's own: an error alone would come too late for it.
                         state = state.map(duplicate)
-                    x, new_state = call_layer(
-                        stage.name, stage.call, x, state, inputs.side, stateless_layer=stage.stateless
-                    )
+                    unread = not output_needed and stage is stages[-1]
+                    with output_unneeded() if unread else nullcontext():
+                        x, new_state = call_layer(
+                            stage.name, stage.call, x, state, inputs.side, stateless_layer=stage.stateless
+                        )
                     if state is not None:
                         self._stack.memory.keeps_state.add(stage.name)
                     new_states.append(new_state)
