@@ -21,6 +21,11 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability, which chooses among the shipped configurations; None in the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def check_supported(what: str, dtype: torch.dtype, tensors: Iterable[object]) -> None:
     """Check the type that an operator computes with, and where its inputs are.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.kernels.triton_device import DEVICE, triton_test  # isort: skip  (before Triton)
 
 from magc_kernels.norm import autograd, reference
+from magc_kernels.norm._config import NormConfig
 from tests.kernels.compare import assert_close, randn
 
 
@@ -74,6 +75,46 @@ def test_any_number_of_rows(rows: tuple[int, ...]) -> None:
     check("gated_rms_norm", make_inputs(17, "z", rows=rows), torch.float16)
 
 
+def test_a_row_does_not_depend_on_how_many_there_are() -> None:
+    values = {n: t.float().to(DEVICE) for n, t in make_inputs(72, "z", rows=(40,)).items()}
+    x, z, weight = values["x"], values["z"], values["weight"]
+    gated, (normal, _) = autograd.gated_forward(x, z, weight), autograd.add_forward(x, z, weight)
+    for rows in (slice(0, 1), slice(3, 20), slice(39, 40)):
+        assert torch.equal(autograd.gated_forward(x[rows], z[rows], weight), gated[rows])
+        assert torch.equal(autograd.add_forward(x[rows], z[rows], weight)[0], normal[rows])
+
+
+@pytest.mark.parametrize(
+    "config", [NormConfig(1, 1, backward_programs=3), NormConfig(3, 2, forward_rows=4, backward_stages=1)]
+)
+@pytest.mark.parametrize("name", ["gated", "add"])
+def test_explicit_configurations(name: str, config: NormConfig) -> None:
+    values = {n: t.float().to(DEVICE) for n, t in make_inputs(40, "z", rows=(11,)).items()}
+    x, z, weight = values["x"], values["z"], values["weight"]
+    forward, vjp = getattr(autograd, name + "_forward"), getattr(autograd, name + "_vjp")
+    for function, arguments in ((forward, (x, z, weight)), (vjp, (x, z, weight, x))):
+        actual, expected = function(*arguments, config=config), function(*arguments)
+        pairs = zip(*(vars(r).values() if function is vjp else (r[0],) for r in (actual, expected)), strict=True)
+        for a, e in pairs:
+            assert a is e is None or assert_close(a, e, 1e-6) is None
+
+
+def test_configurations_reach_the_autograd_functions() -> None:
+    config = NormConfig(3, 2, forward_rows=4, backward_programs=2)
+    inputs = make_inputs(40, "z")
+    for name, other in (("gated_rms_norm", "z"), ("add_rms_norm", "residual")):
+        renamed = {other if n == "z" else n: t for n, t in inputs.items()}
+        expected = evaluate(getattr(reference, name), renamed, torch.float64)
+        for key, actual in evaluate(getattr(autograd, name), renamed, torch.float32, config=config).items():
+            assert_close(actual, expected[key], 1e-6, key)
+
+
+def test_a_configuration_that_cannot_run_is_refused() -> None:
+    x, weight = torch.ones(2, 16, device=DEVICE), torch.ones(16, device=DEVICE)
+    with pytest.raises(ValueError, match="NormConfig: pieces 0 is not from 1 to 8; warps 3 is not"):
+        autograd.gated_forward(x, x, weight, config=NormConfig(0, 3))
+
+
 def test_strided_gate_and_gradient_and_the_output_again() -> None:
     """Z is a slice of a projection, and its gradient is written into a slice of the projection's."""
     values = {n: t.float().to(DEVICE) for n, t in make_inputs(16, "z").items()}
@@ -90,7 +131,29 @@ def test_strided_gate_and_gradient_and_the_output_again() -> None:
     assert not buffer[..., :8].any()
     assert not buffer[..., 24:].any()
     assert actual.y is not None
-    assert_close(actual.y, autograd.gated_forward(x, z, weight), 1e-6)
+    assert torch.equal(actual.y, autograd.gated_forward(x, z, weight))
+
+
+@pytest.mark.parametrize("y_dtype", [None, torch.float16])
+def test_backward_of_add_norm_gives_the_output_again(y_dtype: torch.dtype | None) -> None:
+    values = {n: t.float().to(DEVICE) for n, t in make_inputs(20, "residual").items()}
+    y, total = autograd.add_forward(**values)
+    d = autograd.add_vjp(total, None, values["weight"], torch.ones_like(y), output=True, y_dtype=y_dtype)
+    assert d.y is not None
+    assert d.y.dtype == (y_dtype or torch.float32)
+    assert torch.equal(d.y, y.to(d.y.dtype))
+
+
+def test_gradients_of_half_precision_weights_can_be_kept_in_float32() -> None:
+    values = {n: t.half().to(DEVICE) for n, t in make_inputs(20, "z").items()}
+    x, z, weight = values["x"], values["z"], values["weight"]
+    dy = torch.ones_like(x)
+    for vjp, other in ((autograd.gated_vjp, z), (autograd.add_vjp, z)):
+        wide = vjp(x, other, weight, dy, float32_weights=True).weight
+        expected = vjp(x.float(), other.float(), weight.float(), dy.float()).weight
+        assert wide.dtype == torch.float32
+        assert_close(wide, expected, 1e-6)
+        assert torch.equal(vjp(x, other, weight, dy).weight, wide.half())
 
 
 def test_either_output_of_add_norm_may_go_unused() -> None:

@@ -12,25 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magc_kernels._packing import document_runs
-from magc_kernels._triton import cdiv, check_supported, launch, on_device, refuse_double_backward
+from magc_kernels._packing import check_seq_idx
+from magc_kernels._sums import sum_parts
+from magc_kernels._triton import capability, cdiv, check_supported, launch, on_device, refuse_double_backward
 from magc_kernels._triton import rows as strided
-from magc_kernels.conv import kernel
+from magc_kernels.conv import _kernel_backward, kernel
+from magc_kernels.conv._config import ConvConfig, conv_config
 from magc_kernels.conv.reference import Activation
 from magc_kernels.conv.reference import check as check_arguments
 
-
-@dataclass(frozen=True)
-class ConvConfig:
-    """Tokens and channels of one program, and its warps."""
-
-    forward_tokens: int = 64
-    backward_tokens: int = 64
-    channels: int = 128
-    warps: int = 1
-
-
-CONFIG = ConvConfig()
+_FARTHEST = 1 << 22
+"""Stride from token to token whose multiples within a lane's walk fit 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,8 @@ class ConvInputs:
     seq_idx: Tensor | None = None
     prev_seq_idx: Tensor | None = None
     activation: Activation | None = None
+    config: ConvConfig | None = None
+    """None: the shipped one, `conv_config`. No choice changes the forward by a bit."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +53,34 @@ class ConvGradients:
 def forward(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     """Output, contiguous, and new state. Raises as `reference.causal_conv1d`; TypeError also for float64."""
     _check(inputs)
-    x = strided(inputs.x)
+    x = _near(inputs.x)
     batch, length, channels = x.shape
     width = inputs.weight.shape[1]
-    blocks = cdiv(length, CONFIG.forward_tokens)
+    tile = _config(inputs).forward
+    blocks = cdiv(length, tile.lanes * tile.run)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     new_state = torch.empty(batch, width - 1, channels, dtype=x.dtype, device=x.device)
-    state = inputs.initial_state
+    state, ids, previous = inputs.initial_state, inputs.seq_idx, inputs.prev_seq_idx
     with on_device(x.device):
-        runs = _runs(inputs)
         launch(
-            kernel.conv_forward, batch * blocks * cdiv(channels, CONFIG.channels),
-            x, inputs.weight.contiguous(), inputs.bias, None if state is None else state.contiguous(), runs,
-            y, new_state, length, blocks, channels, *x.stride()[:2],
-            W=width, BT=CONFIG.forward_tokens, BC=CONFIG.channels,
+            kernel.conv_forward, batch * blocks * cdiv(channels, tile.channels),
+            x, inputs.weight.contiguous(), inputs.bias, None if state is None else state.contiguous(),
+            ids, None if previous is None else previous.contiguous(), y, new_state,
+            length, blocks, channels, *x.stride()[:2], *((0, 0) if ids is None else ids.stride()),
+            W=width, LANES=tile.lanes, RUN=tile.run, BC=tile.channels, STAGES=tile.stages,
             HAS_BIAS=inputs.bias is not None, SILU=inputs.activation == "silu", HAS_STATE=state is not None,
-            PACKED=runs is not None, num_warps=CONFIG.warps,
+            PACKED=ids is not None, HAS_PREVIOUS=previous is not None, num_warps=tile.warps, maxnreg=tile.registers,
         )  # fmt: skip
     return y, new_state
 
 
 def vjp(
-    inputs: ConvInputs, dy: Tensor, dnew_state: Tensor | None = None, *, out: Tensor | None = None
+    inputs: ConvInputs,
+    dy: Tensor,
+    dnew_state: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    float32_weights: bool = False,
 ) -> ConvGradients:
     """Gradients of all inputs.
 
@@ -88,35 +88,38 @@ def vjp(
         inputs: of the forward.
         dy: gradient of the output, shaped as `x`.
         dnew_state: gradient of the new state, `(batch, width - 1, channels)`; None for zeros.
-        out: where to write the gradient of `x`, with stride 1 in the last axis, for example a view of the
-            projection's gradient; None to allocate.
+        out: where to write the gradient of `x`, with stride 1 in the last axis and at most 2^22 from token to
+            token, for example a view of the projection's gradient; None to allocate.
+        float32_weights: leave the gradients of weight and bias in float32, in which they are summed, instead of
+            rounding them to their types, for whoever adds up several.
     """
-    x, dy = strided(inputs.x), strided(dy)
+    x, dy = _near(inputs.x), _near(dy)
     batch, length, channels = x.shape
     width = inputs.weight.shape[1]
-    blocks = cdiv(length + width - 1, CONFIG.backward_tokens)
+    tile = _config(inputs).backward
+    blocks = cdiv(length, tile.lanes * tile.run)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    state, bias = inputs.initial_state, inputs.bias
+    if dx.stride(1) > _FARTHEST:
+        raise ValueError(f"out has tokens {dx.stride(1)} elements apart, at most {_FARTHEST} are taken")
+    state, bias, ids, previous = inputs.initial_state, inputs.bias, inputs.seq_idx, inputs.prev_seq_idx
     dstate = None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
-    dweight = torch.empty(batch * blocks, width, channels, dtype=torch.float32, device=x.device)
-    dbias = None if bias is None else torch.empty(batch * blocks, channels, dtype=torch.float32, device=x.device)
+    columns = width + (bias is not None)
+    parts = torch.empty(batch * blocks, columns, channels, dtype=torch.float32, device=x.device)
     with on_device(x.device):
-        runs = _runs(inputs)
         launch(
-            kernel.conv_backward, batch * blocks * cdiv(channels, CONFIG.channels),
-            x, inputs.weight.contiguous(), bias, None if state is None else state.contiguous(), runs,
-            dy, None if dnew_state is None else dnew_state.contiguous(), dx, dstate, dweight, dbias,
+            _kernel_backward.conv_backward, batch * blocks * cdiv(channels, tile.channels),
+            x, inputs.weight.contiguous(), bias, None if state is None else state.contiguous(),
+            ids, None if previous is None else previous.contiguous(),
+            dy, None if dnew_state is None else dnew_state.contiguous(), dx, dstate, parts,
             length, blocks, channels, *x.stride()[:2], *dy.stride()[:2], *dx.stride()[:2],
-            W=width, BT=CONFIG.backward_tokens, BC=CONFIG.channels,
+            *((0, 0) if ids is None else ids.stride()),
+            W=width, LANES=tile.lanes, RUN=tile.run, BC=tile.channels, STAGES=tile.stages,
             HAS_BIAS=bias is not None, SILU=inputs.activation == "silu", HAS_STATE=state is not None,
-            HAS_DNEW_STATE=dnew_state is not None, PACKED=runs is not None, num_warps=CONFIG.warps,
+            HAS_DNEW_STATE=dnew_state is not None, PACKED=ids is not None, HAS_PREVIOUS=previous is not None,
+            num_warps=tile.warps, maxnreg=tile.registers,
         )  # fmt: skip
-        return ConvGradients(
-            x=dx,
-            weight=dweight.sum(0).T.flip(1).to(inputs.weight.dtype).contiguous(),
-            bias=None if dbias is None or bias is None else dbias.sum(0).to(bias.dtype),
-            initial_state=dstate,
-        )
+    dweight, dbias = sum_parts(parts, inputs.weight, bias, float32=float32_weights)
+    return ConvGradients(dx, dweight, dbias, dstate)
 
 
 def causal_conv1d(
@@ -128,6 +131,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     prev_seq_idx: Tensor | None = None,
+    config: ConvConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.causal_conv1d`, differentiable once, on a CUDA device and for float32, float16 and bfloat16.
 
@@ -135,7 +139,7 @@ def causal_conv1d(
         ValueError, TypeError: as `reference.causal_conv1d`, or for another device or type.
     """
     tensors = (x, weight, bias, initial_state)
-    options = (seq_idx, prev_seq_idx, activation)
+    options = (seq_idx, prev_seq_idx, activation, config)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Conv.apply(options, *tensors)
     return forward(ConvInputs(*tensors, *options))
@@ -158,12 +162,14 @@ class _Conv(torch.autograd.Function):
         return (None, d.x, d.weight, d.bias, d.initial_state)
 
 
-def _runs(inputs: ConvInputs) -> Tensor | None:
-    """The run of each row of the window, 0 for the state's."""
-    if inputs.seq_idx is None:
-        return None
-    runs_BL = document_runs(inputs.seq_idx, inputs.prev_seq_idx)
-    return torch.nn.functional.pad(runs_BL, (inputs.weight.shape[1] - 1, 0)).to(torch.int32)
+def _near(x: Tensor) -> Tensor:
+    """`x` with stride 1 in its last axis and `_FARTHEST` at most from token to token; a copy only if need be."""
+    return strided(x) if x.stride(1) <= _FARTHEST else x.contiguous()
+
+
+def _config(inputs: ConvInputs) -> ConvConfig:
+    x = inputs.x
+    return conv_config(x.dtype, inputs.weight.shape[1], capability=capability(x.device), config=inputs.config)
 
 
 def _check(inputs: ConvInputs) -> None:
@@ -173,4 +179,6 @@ def _check(inputs: ConvInputs) -> None:
         raise ValueError("prev_seq_idx was given without seq_idx; pass both or neither")
     if inputs.seq_idx is not None and inputs.seq_idx.shape != x.shape[:2]:
         raise ValueError(f"seq_idx must have shape {tuple(x.shape[:2])}, got {tuple(inputs.seq_idx.shape)}")
+    if inputs.seq_idx is not None:
+        check_seq_idx(inputs.seq_idx, inputs.prev_seq_idx)
     check_supported("convolution", x.dtype, vars(inputs).values())

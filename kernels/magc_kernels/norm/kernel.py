@@ -1,149 +1,209 @@
 """Triton kernels of gated RMSNorm and add + RMSNorm. What they compute is defined in `reference`.
 
 A program normalises `per_program` rows (or one group of features of each) one after another, each wholly in
-registers: every input is read once and every output written once. Backward recomputes the scale of a row, so
-that nothing but the inputs is kept. All arithmetic is float32. Tensors are matrices `(rows, features)` with
-stride 1 in a row; row offsets are int64. No atomics: the weight's gradient comes as one partial sum per program.
+registers: every input is read once and every output written once. A row is held in PIECES pieces of PIECE features,
+a power of two, which leaves fewer registers empty than one power of two for the whole row. Backward recomputes the
+scale of a row, so that nothing but the inputs is kept, with the arithmetic of the forward. All arithmetic is
+float32. Tensors are matrices `(rows, features)` with stride 1 in a row; row offsets are int64. No atomics: the
+weight's gradient comes as one partial sum per program.
 """
+
+# Triton has `+` of tuples, and no unpacking into one.
+# ruff: noqa: RUF005
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl
+
+from magc_kernels._sigmoid import sigmoid
 
 SIZES = ("rows", "per_program")
 """Arguments whose values must not choose between compiled variants, which could differ in rounding."""
 
 
 @triton.jit
-def sigmoid(x):
-    """Without the overflow of exp(-x) far below zero."""
-    t = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0.0, 1.0, t) / (1.0 + t)
+def load_pieces(ROW, SIZE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """SIZE numbers from ROW on as float32 pieces, 0 beyond."""
+    row = ()
+    for i in tl.static_range(PIECES):
+        offsets = i * PIECE + tl.arange(0, PIECE)
+        row = row + (tl.load(ROW + offsets, mask=offsets < SIZE, other=0.0).to(tl.float32),)
+    return row
+
+
+@triton.jit
+def store_piece(ROW, value, i, SIZE: tl.constexpr, PIECE: tl.constexpr):
+    offsets = i * PIECE + tl.arange(0, PIECE)
+    tl.store(ROW + offsets, value.to(ROW.dtype.element_ty), mask=offsets < SIZE)
+
+
+@triton.jit
+def add_pieces(a, b, PIECES: tl.constexpr):
+    total = ()
+    for i in tl.static_range(PIECES):
+        total = total + (a[i] + b[i],)
+    return total
+
+
+@triton.jit
+def zero_pieces(PIECE: tl.constexpr, PIECES: tl.constexpr):
+    row = ()
+    for _ in tl.static_range(PIECES):
+        row = row + (tl.zeros([PIECE], tl.float32),)
+    return row
+
+
+@triton.jit
+def inner_product(a, b, PIECES: tl.constexpr):
+    total = a[0] * b[0]
+    for i in tl.static_range(1, PIECES):
+        total += a[i] * b[i]
+    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gated_forward(
     X, Z, WEIGHT, Y, rows, per_program, groups, sx, sz, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, NORM_FIRST: tl.constexpr,
+    SIZE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, NORM_FIRST: tl.constexpr,
 ):  # fmt: skip
     """SIZE features are normalised together."""
     pid = tl.program_id(0)
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < SIZE
-    feature = pid % groups * SIZE + offsets
+    column = pid % groups * SIZE
     first = (pid // groups).to(tl.int64) * per_program
-    weight = tl.load(WEIGHT + feature, mask=inside, other=0.0).to(tl.float32)
-    for k in range(tl.minimum(per_program, rows - first).to(tl.int32)):
+    weight = load_pieces(WEIGHT + column, SIZE, PIECE, PIECES)
+    for k in tl.range(tl.minimum(per_program, rows - first).to(tl.int32), num_stages=STAGES):
         row = first + k
-        x = tl.load(X + row * sx + feature, mask=inside, other=0.0).to(tl.float32)
+        u = load_pieces(X + row * sx + column, SIZE, PIECE, PIECES)
         if GATED:
-            z = tl.load(Z + row * sz + feature, mask=inside, other=0.0).to(tl.float32)
-            gate = z * sigmoid(z)
+            z = load_pieces(Z + row * sz + column, SIZE, PIECE, PIECES)
             if not NORM_FIRST:
-                x *= gate
-        y = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
-        if GATED and NORM_FIRST:
-            y *= gate
-        tl.store(Y + row * (groups * SIZE) + feature, y.to(Y.dtype.element_ty), mask=inside)
+                x = u
+                u = ()
+                for i in tl.static_range(PIECES):
+                    u = u + (x[i] * (z[i] * sigmoid(z[i])),)
+        scale = tl.rsqrt(inner_product(u, u, PIECES) / SIZE + eps)
+        for i in tl.static_range(PIECES):
+            y = u[i] * scale * weight[i]
+            if GATED and NORM_FIRST:
+                y *= z[i] * sigmoid(z[i])
+            store_piece(Y + row * (groups * SIZE) + column, y, i, SIZE, PIECE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gated_backward(
-    X, Z, WEIGHT, DY, DX, DZ, DWEIGHT, Y, rows, per_program, groups, sx, sz, sy, tx, tz, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, NORM_FIRST: tl.constexpr,
-    WRITE_Y: tl.constexpr,
+    X, Z, WEIGHT, DY, DX, DZ, PARTS, Y, rows, per_program, groups, sx, sz, sy, tx, tz, eps,
+    SIZE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, NORM_FIRST: tl.constexpr, WRITE_Y: tl.constexpr,
 ):  # fmt: skip
-    """DWEIGHT `(program, features)`. WRITE_Y: also write the output again, for which everything is at hand."""
+    """PARTS `(program, features)`. WRITE_Y: also write the output again, for which everything is at hand."""
     pid = tl.program_id(0)
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < SIZE
-    feature = pid % groups * SIZE + offsets
+    column = pid % groups * SIZE
     first = (pid // groups).to(tl.int64) * per_program
-    weight = tl.load(WEIGHT + feature, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], tl.float32)
-    for k in range(tl.minimum(per_program, rows - first).to(tl.int32)):
+    weight = load_pieces(WEIGHT + column, SIZE, PIECE, PIECES)
+    dweight = zero_pieces(PIECE, PIECES)
+    for k in tl.range(tl.minimum(per_program, rows - first).to(tl.int32), num_stages=STAGES):
         row = first + k
-        x = tl.load(X + row * sx + feature, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(DY + row * sy + feature, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            z = tl.load(Z + row * sz + feature, mask=inside, other=0.0).to(tl.float32)
-            half = sigmoid(z)
-            gate = z * half
-            slope = half * (1.0 + z * (1.0 - half))
+        x = load_pieces(X + row * sx + column, SIZE, PIECE, PIECES)
+        dy = load_pieces(DY + row * sy + column, SIZE, PIECE, PIECES)
         u = x
-        if GATED and not NORM_FIRST:
-            u = x * gate
-        scale = tl.rsqrt(tl.sum(u * u, 0) / SIZE + eps)
-        normal = u * scale
-        dnormal = dy * weight
-        if GATED and NORM_FIRST:
-            dnormal *= gate
-            dweight += dy * gate * normal
-        else:
-            dweight += dy * normal
-        du = (dnormal - normal * (tl.sum(dnormal * normal, 0) / SIZE)) * scale
-        if WRITE_Y:
-            y = normal * weight
-            if GATED and NORM_FIRST:
-                y *= gate
-            tl.store(Y + row * (groups * SIZE) + feature, y.to(Y.dtype.element_ty), mask=inside)
         if GATED:
-            if NORM_FIRST:
-                dz = dy * normal * weight * slope
-            else:
-                dz = du * x * slope
-                du *= gate
-            tl.store(DZ + row * tz + feature, dz.to(DZ.dtype.element_ty), mask=inside)
-        tl.store(DX + row * tx + feature, du.to(DX.dtype.element_ty), mask=inside)
-    tl.store(DWEIGHT + (pid // groups) * (groups * SIZE) + feature, dweight, mask=inside)
+            z = load_pieces(Z + row * sz + column, SIZE, PIECE, PIECES)
+            half = ()
+            for i in tl.static_range(PIECES):
+                half = half + (sigmoid(z[i]),)
+            if not NORM_FIRST:
+                u = ()
+                for i in tl.static_range(PIECES):
+                    u = u + (x[i] * (z[i] * half[i]),)
+        dnormal = ()
+        for i in tl.static_range(PIECES):
+            d = dy[i] * weight[i]
+            if GATED and NORM_FIRST:
+                d *= z[i] * half[i]
+            dnormal = dnormal + (d,)
+        scale = tl.rsqrt(inner_product(u, u, PIECES) / SIZE + eps)
+        along = inner_product(dnormal, u, PIECES) * scale / SIZE
+        sums = ()
+        for i in tl.static_range(PIECES):
+            normal = u[i] * scale
+            du = (dnormal[i] - normal * along) * scale
+            y = normal * weight[i]
+            dw = dy[i] * normal
+            if GATED:
+                gate = z[i] * half[i]
+                slope = half[i] * (1.0 + z[i] * (1.0 - half[i]))
+                if NORM_FIRST:
+                    dz = dy[i] * y * slope
+                    dw *= gate
+                    y *= gate
+                else:
+                    dz = du * x[i] * slope
+                    du *= gate
+                store_piece(DZ + row * tz + column, dz, i, SIZE, PIECE)
+            store_piece(DX + row * tx + column, du, i, SIZE, PIECE)
+            if WRITE_Y:
+                store_piece(Y + row * (groups * SIZE) + column, y, i, SIZE, PIECE)
+            sums = sums + (dweight[i] + dw,)
+        dweight = sums
+    for i in tl.static_range(PIECES):
+        store_piece(PARTS + (pid // groups) * (groups * SIZE) + column, dweight[i], i, SIZE, PIECE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def add_forward(
     X, RESIDUAL, WEIGHT, Y, TOTAL, rows, per_program, sx, sr, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    SIZE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < SIZE
     first = tl.program_id(0).to(tl.int64) * per_program
-    weight = tl.load(WEIGHT + offsets, mask=inside, other=0.0).to(tl.float32)
-    for k in range(tl.minimum(per_program, rows - first).to(tl.int32)):
+    weight = load_pieces(WEIGHT, SIZE, PIECE, PIECES)
+    for k in tl.range(tl.minimum(per_program, rows - first).to(tl.int32), num_stages=STAGES):
         row = first + k
-        total = tl.load(X + row * sx + offsets, mask=inside, other=0.0).to(tl.float32)
+        total = load_pieces(X + row * sx, SIZE, PIECE, PIECES)
         if HAS_RESIDUAL:
-            total += tl.load(RESIDUAL + row * sr + offsets, mask=inside, other=0.0).to(tl.float32)
-        y = total * tl.rsqrt(tl.sum(total * total, 0) / SIZE + eps) * weight
-        tl.store(Y + row * SIZE + offsets, y.to(Y.dtype.element_ty), mask=inside)
-        tl.store(TOTAL + row * SIZE + offsets, total.to(TOTAL.dtype.element_ty), mask=inside)
+            total = add_pieces(total, load_pieces(RESIDUAL + row * sr, SIZE, PIECE, PIECES), PIECES)
+        scale = tl.rsqrt(inner_product(total, total, PIECES) / SIZE + eps)
+        for i in tl.static_range(PIECES):
+            store_piece(Y + row * SIZE, total[i] * scale * weight[i], i, SIZE, PIECE)
+            store_piece(TOTAL + row * SIZE, total[i], i, SIZE, PIECE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def add_backward(
-    X, RESIDUAL, WEIGHT, DY, DTOTAL, DX, DRESIDUAL, DWEIGHT, rows, per_program, sx, sr, sy, st, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DTOTAL: tl.constexpr,
-    WRITE_RESIDUAL: tl.constexpr,
+    X, RESIDUAL, WEIGHT, DY, DTOTAL, DX, DRESIDUAL, PARTS, Y, rows, per_program, sx, sr, sy, st, eps,
+    SIZE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_DTOTAL: tl.constexpr, WRITE_RESIDUAL: tl.constexpr, WRITE_Y: tl.constexpr,
 ):  # fmt: skip
-    """X and RESIDUAL add up to the normalised sum; DWEIGHT `(program, features)`."""
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < SIZE
+    """X and RESIDUAL add up to the normalised sum; PARTS `(program, features)`; WRITE_Y as in `gated_backward`."""
     first = tl.program_id(0).to(tl.int64) * per_program
-    weight = tl.load(WEIGHT + offsets, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], tl.float32)
-    for k in range(tl.minimum(per_program, rows - first).to(tl.int32)):
+    weight = load_pieces(WEIGHT, SIZE, PIECE, PIECES)
+    dweight = zero_pieces(PIECE, PIECES)
+    for k in tl.range(tl.minimum(per_program, rows - first).to(tl.int32), num_stages=STAGES):
         row = first + k
-        total = tl.load(X + row * sx + offsets, mask=inside, other=0.0).to(tl.float32)
+        total = load_pieces(X + row * sx, SIZE, PIECE, PIECES)
         if HAS_RESIDUAL:
-            total += tl.load(RESIDUAL + row * sr + offsets, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(DY + row * sy + offsets, mask=inside, other=0.0).to(tl.float32)
+            total = add_pieces(total, load_pieces(RESIDUAL + row * sr, SIZE, PIECE, PIECES), PIECES)
+        dy = load_pieces(DY + row * sy, SIZE, PIECE, PIECES)
         if HAS_DTOTAL:
-            dtotal = tl.load(DTOTAL + row * st + offsets, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(total * total, 0) / SIZE + eps)
-        normal = total * scale
-        dnormal = dy * weight
-        dweight += dy * normal
-        d = (dnormal - normal * (tl.sum(dnormal * normal, 0) / SIZE)) * scale
-        if HAS_DTOTAL:
-            d += dtotal
-        tl.store(DX + row * SIZE + offsets, d.to(DX.dtype.element_ty), mask=inside)
-        if WRITE_RESIDUAL:
-            tl.store(DRESIDUAL + row * SIZE + offsets, d.to(DRESIDUAL.dtype.element_ty), mask=inside)
-    tl.store(DWEIGHT + tl.program_id(0) * SIZE + offsets, dweight, mask=inside)
+            dtotal = load_pieces(DTOTAL + row * st, SIZE, PIECE, PIECES)
+        dnormal = ()
+        for i in tl.static_range(PIECES):
+            dnormal = dnormal + (dy[i] * weight[i],)
+        scale = tl.rsqrt(inner_product(total, total, PIECES) / SIZE + eps)
+        along = inner_product(dnormal, total, PIECES) * scale / SIZE
+        sums = ()
+        for i in tl.static_range(PIECES):
+            normal = total[i] * scale
+            d = (dnormal[i] - normal * along) * scale
+            if HAS_DTOTAL:
+                d += dtotal[i]
+            store_piece(DX + row * SIZE, d, i, SIZE, PIECE)
+            if WRITE_RESIDUAL:
+                store_piece(DRESIDUAL + row * SIZE, d, i, SIZE, PIECE)
+            if WRITE_Y:
+                store_piece(Y + row * SIZE, normal * weight[i], i, SIZE, PIECE)
+            sums = sums + (dweight[i] + dy[i] * normal,)
+        dweight = sums
+    for i in tl.static_range(PIECES):
+        store_piece(PARTS + tl.program_id(0) * SIZE, dweight[i], i, SIZE, PIECE)
