@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from magc.errors import InputError
 from magc.nn.mamba2_values import Mamba2Options
+from magc_kernels.mamba2.values import Keep
 
 _PUBLISHED = {
     "mamba2-130m": (768, 24),
@@ -18,8 +19,8 @@ _PUBLISHED = {
     "mamba2-2.7b": (2560, 64),
 }
 
-# `keep` says how a layer runs, not what the model computes.
-_MIXER_FIELDS = tuple(name for name in Mamba2Options.__annotations__ if name != "keep")
+# These say how a layer runs, not what the model computes.
+_MIXER_FIELDS = tuple(name for name in Mamba2Options.__annotations__ if name not in ("keep", "configs"))
 
 # Settings of mamba-ssm's kernels and ranks that do not change what the model computes.
 _WITHOUT_EFFECT = {"fused_add_norm"}
@@ -89,9 +90,10 @@ class Mamba2Config:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of `pad_vocab_size_multiple`."""
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
-    def mixer_options(self) -> Mamba2Options:
-        """The options of each layer's `Mamba2`."""
+    def mixer_options(self, keep: Keep = "states") -> Mamba2Options:
+        """The options of each layer's `Mamba2`, with how much it keeps for its backward."""
         return Mamba2Options(
+            keep=keep,
             d_state=self.d_state,
             d_conv=self.d_conv,
             conv_init=self.conv_init,

@@ -82,6 +82,7 @@ def run(
             None if state is None else state.ssm,
             seq_idx,
             None if state is None else state.seq_idx,
+            layer.configs,
         ),
         keep=layer.keep,
         output_needed=is_output_needed(),

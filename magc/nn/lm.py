@@ -83,8 +83,7 @@ class _Backbone(nn.Module):
                 impl=impl,
                 device=device,
                 dtype=dtype,
-                keep=keep,
-                **config.mixer_options(),
+                **config.mixer_options(keep),
             )
             for _ in range(config.n_layer)
         )

@@ -8,7 +8,7 @@ headdim, G groups, N d_state.
 from __future__ import annotations
 
 import math
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from magc.nn.norm import GatedRMSNorm
 from magc.nn.operators import Choice, Impl, Operators, check_impl, choose, operators
 from magc_kernels._packing import keep_if
 from magc_kernels.mamba2.values import Keep
+
+if TYPE_CHECKING:
+    from magc_kernels.configs import KernelConfigs
 
 TRITON_HEADDIMS = (16, 32, 64, 128)
 TRITON_D_STATES = (16, 32, 64, 128, 256)
@@ -52,6 +55,7 @@ class Mamba2(nn.Module):
         keep: how much the Triton implementation keeps for the backward, from the least memory to the least work:
             "projection", "states" or "outputs"; bytes are in `magc_kernels.mamba2.autograd`. Results do not depend on
             it.
+        configs: launch configurations of the Triton kernels (`magc_kernels.tune`); None for the shipped ones.
         impl: see `magc.nn.operators.Impl`.
         device, dtype: of all parameters.
 
@@ -82,6 +86,7 @@ class Mamba2(nn.Module):
         chunk_size: int = 256,
         *,
         keep: Keep = "states",
+        configs: KernelConfigs | None = None,
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,6 +107,7 @@ class Mamba2(nn.Module):
         self.dt_limit = dt_limit
         self.chunk_size = chunk_size
         self.keep: Keep = keep
+        self.configs = configs
         self.impl: Impl = check_impl(impl)
         self._check_sizes()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from torch import Tensor
 
 from magc_kernels.mamba2.values import Keep
+
+if TYPE_CHECKING:
+    from magc_kernels.configs import KernelConfigs
 
 
 class Mamba2State(NamedTuple):
@@ -42,3 +45,4 @@ class Mamba2Options(TypedDict, total=False):
     conv_bias: bool
     chunk_size: int
     keep: Keep
+    configs: KernelConfigs | None

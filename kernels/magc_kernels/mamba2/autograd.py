@@ -26,10 +26,12 @@ from torch.nn import functional
 from magc_kernels._accumulate import deliver
 from magc_kernels._precision import autocast_off, autocast_type
 from magc_kernels._triton import refuse_double_backward
+from magc_kernels.configs import ConvShape, NormShape, SSDShape
 from magc_kernels.conv import autograd as conv
 from magc_kernels.linear.autograd import cast, weight_vjp
 from magc_kernels.mamba2.values import Keep, Mamba2Inputs, Mamba2Outputs, Mamba2Sizes, Mamba2Weights, check
 from magc_kernels.norm import autograd as norm
+from magc_kernels.norm._config import NormConfig
 from magc_kernels.ssd import autograd as ssd
 
 
@@ -100,6 +102,7 @@ def recompute(
                 weights.block_norm,
                 eps=sizes.block_norm_eps,
                 residual_in_fp32=sizes.residual_in_fp32,
+                config=_block_norm_config(inputs),
             )
         projection = _linear(normed, weights.in_proj, weights.in_bias, dtype)
         del normed
@@ -164,7 +167,7 @@ def vjp(
         dscan = dinner[..., parts[0] :]
         if weights.norm is not None:
             gated = norm.gated_vjp(
-                scan_output.flatten(-2), z, weights.norm, dscan, **_norm_options(inputs), dz_out=dz, output=True,
+                scan_output.flatten(-2), z, weights.norm, dscan, **_norm_options(inputs, z.dtype), dz_out=dz, output=True,
                 float32_weights=True,
             )  # fmt: skip
             grads["norm"] = _deliver(weights.norm, gated.weight)
@@ -256,7 +259,7 @@ class _Mamba2(torch.autograd.Function):
             *stream, *tensors[2:], inputs.seq_idx, inputs.prev_seq_idx,
             saved.projection, saved.total, saved.conv_output, saved.scan_output, *scan,
         )  # fmt: skip
-        ctx.weights, ctx.sizes, ctx.dtype = inputs.weights, inputs.sizes, saved.dtype
+        ctx.weights, ctx.sizes, ctx.configs, ctx.dtype = inputs.weights, inputs.sizes, inputs.configs, saved.dtype
         ctx.config = None if saved.scan is None else saved.scan.config
         return outputs.y, outputs.residual, outputs.conv_state, outputs.ssm_state
 
@@ -266,7 +269,9 @@ class _Mamba2(torch.autograd.Function):
         # Saving the weights has their versions checked; the parameters themselves know their sums.
         hidden, residual, conv_state, ssm_state, *rest = ctx.saved_tensors
         seq_idx, prev_seq_idx, projection, total, conv_output, scan_output, *scan = rest[len(_WEIGHTS) :]
-        inputs = Mamba2Inputs(hidden, ctx.weights, ctx.sizes, residual, conv_state, ssm_state, seq_idx, prev_seq_idx)
+        inputs = Mamba2Inputs(
+            hidden, ctx.weights, ctx.sizes, residual, conv_state, ssm_state, seq_idx, prev_seq_idx, ctx.configs
+        )
         kept = None if ctx.config is None else ScanKept(ctx.config, *scan)
         need_hidden, need_residual, need_conv, need_ssm = ctx.needs_input_grad[3:7]
         d = vjp(
@@ -311,6 +316,8 @@ def _scan_again(saved: Mamba2Saved) -> tuple[Tensor, ssd.SSDSaved, conv.ConvInpu
 
 
 def _conv_inputs(inputs: Mamba2Inputs, projection: Tensor) -> conv.ConvInputs:
+    shape = ConvShape(projection.dtype, inputs.weights.conv.shape[-1])
+    config = None if inputs.configs is None else inputs.configs.conv.get(shape)
     return conv.ConvInputs(
         projection.split(inputs.sizes.split(inputs.weights), dim=-1)[3],
         inputs.weights.conv.detach().squeeze(1),
@@ -319,6 +326,7 @@ def _conv_inputs(inputs: Mamba2Inputs, projection: Tensor) -> conv.ConvInputs:
         inputs.seq_idx,
         inputs.prev_seq_idx,
         "silu",
+        config,
     )
 
 
@@ -327,6 +335,7 @@ def _scan_inputs(inputs: Mamba2Inputs, projection: Tensor, xBC: Tensor) -> ssd.S
     _, _, z, _, dt = projection.split(sizes.split(weights), dim=-1)
     x, B, C = xBC.split(sizes.split_conv(weights), dim=-1)
     heads = (weights.dt_bias.shape[0], sizes.headdim)
+    shape = SSDShape(projection.dtype, sizes.headdim, sizes.d_state)
     return ssd.SSDInputs(
         x.unflatten(-1, heads),
         dt,
@@ -342,6 +351,7 @@ def _scan_inputs(inputs: Mamba2Inputs, projection: Tensor, xBC: Tensor) -> ssd.S
         dt_softplus=True,
         dt_limit=sizes.dt_limit,
         chunk_size=sizes.chunk_size,
+        config=None if inputs.configs is None else inputs.configs.ssd.get(shape),
     )
 
 
@@ -349,18 +359,25 @@ def _by_group(sizes: Mamba2Sizes, x: Tensor) -> Tensor:
     return x.unflatten(-1, (sizes.groups, sizes.d_state))
 
 
-def _norm_options(inputs: Mamba2Inputs) -> dict[str, Any]:
+def _norm_options(inputs: Mamba2Inputs, dtype: torch.dtype) -> dict[str, Any]:
     assert inputs.weights.norm is not None
+    group_size = inputs.weights.norm.shape[0] // inputs.sizes.groups
     return {
         "eps": inputs.sizes.norm_eps,
-        "group_size": inputs.weights.norm.shape[0] // inputs.sizes.groups,
+        "group_size": group_size,
         "norm_before_gate": inputs.sizes.norm_before_gate,
+        "config": None if inputs.configs is None else inputs.configs.norm.get(NormShape(dtype, group_size)),
     }
+
+
+def _block_norm_config(inputs: Mamba2Inputs) -> NormConfig | None:
+    shape = NormShape(inputs.hidden.dtype, inputs.hidden.shape[-1])
+    return None if inputs.configs is None else inputs.configs.norm.get(shape)
 
 
 def _gate(inputs: Mamba2Inputs, y: Tensor, z: Tensor) -> Tensor:
     weight = inputs.weights.norm
-    return y if weight is None else norm.gated_forward(y, z, weight, **_norm_options(inputs))
+    return y if weight is None else norm.gated_forward(y, z, weight, **_norm_options(inputs, y.dtype))
 
 
 def _mlp(z: Tensor, x: Tensor, inner: Tensor) -> Tensor:
@@ -383,6 +400,7 @@ def _add_vjp(saved: Mamba2Saved, dnormed: Tensor, dresidual: Tensor | None) -> n
         "output": True,
         "y_dtype": inputs.hidden.dtype,
         "float32_weights": True,
+        "config": _block_norm_config(inputs),
     }
     if saved.total is None:
         return norm.add_vjp(inputs.hidden, inputs.residual, weight, dnormed, dresidual, **options)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from magc_kernels._packing import check_seq_idx
+
+if TYPE_CHECKING:
+    from magc_kernels.configs import KernelConfigs
 
 Keep = Literal["projection", "states", "outputs"]
 """How much a recompute keeps for its backward: see `magc_kernels.mamba2.autograd`."""
@@ -87,6 +90,8 @@ class Mamba2Inputs:
     """`(B, L)` integers: document of each token of packed sequences."""
     prev_seq_idx: Tensor | None = None
     """`(B,)`: document of the token before the segment."""
+    configs: KernelConfigs | None = None
+    """Launch configurations of the Triton kernels; None, and shapes that are not in it, for the shipped ones."""
 
 
 @dataclass(frozen=True)
