@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from magc.ambient import is_output_needed
+from magc.nn import segments
 from magc.nn.linear import Linear
 from magc.nn.mamba2_values import Mamba2State
 from magc.nn.norm import AddRMSNorm, GatedRMSNorm
@@ -69,7 +69,7 @@ def run(
     """
     from magc_kernels.mamba2.autograd import mamba2
 
-    layer.check_input(hidden, seq_idx)
+    segments.check_segment("Mamba2", hidden, layer.d_model, seq_idx)
     layer.check_state(state, hidden.shape[0], hidden.device, autocast_type(hidden) or hidden.dtype, seq_idx)
     norm, residual = (None, None) if block is None else block
     out = mamba2(
@@ -87,8 +87,7 @@ def run(
         keep=layer.keep,
         output_needed=is_output_needed(),
     )
-    last = None if seq_idx is None else seq_idx[:, -1].to(torch.int32, copy=True)
-    return out.y, out.residual, Mamba2State(out.conv_state, out.ssm_state, last)
+    return out.y, out.residual, Mamba2State(out.conv_state, out.ssm_state, segments.last_document(seq_idx))
 
 
 def _weights(layer: Mamba2, norm: AddRMSNorm | None) -> Mamba2Weights:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from magc.errors import InputError, StateError
-from magc.nn import fused
+from magc.errors import InputError
+from magc.nn import fused, segments
 from magc.nn.linear import Linear
 from magc.nn.mamba2_values import Mamba2State
 from magc.nn.norm import GatedRMSNorm
@@ -203,7 +203,7 @@ class Mamba2(nn.Module):
             InputError: `x_BLD` or `seq_idx` has a wrong shape or type.
             StateError: `state` does not fit the layer, the input, or the use of `seq_idx`.
         """
-        self.check_input(x_BLD, seq_idx)
+        segments.check_segment("Mamba2", x_BLD, self.d_model, seq_idx)
         if fused.runs_fused(self, x_BLD):
             y, _, new_state = fused.run(self, x_BLD, state, seq_idx)
             return y, new_state
@@ -271,7 +271,7 @@ class Mamba2(nn.Module):
             prev_seq_idx=prev_seq_idx,
             chunk_size=min(self.chunk_size, run.max_chunk_size),
         )
-        return y.flatten(-2), Mamba2State(conv_state, ssm_state, _last(seq_idx))
+        return y.flatten(-2), Mamba2State(conv_state, ssm_state, segments.last_document(seq_idx))
 
     def _step(
         self,
@@ -306,7 +306,7 @@ class Mamba2(nn.Module):
             dt_softplus=True,
             dt_limit=self.dt_limit,
         )
-        return y.flatten(-2).unsqueeze(1), Mamba2State(conv_state, ssm_state, _last(seq_idx))
+        return y.flatten(-2).unsqueeze(1), Mamba2State(conv_state, ssm_state, segments.last_document(seq_idx))
 
     def _split_conv_output(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         group_sizes = [self.ngroups * self.d_state] * 2
@@ -325,10 +325,7 @@ class Mamba2(nn.Module):
     def _reset_scan_parameters(self) -> None:
         if self.conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -self.conv_init, self.conv_init)
-        dt_min, dt_max, dt_floor = self.dt_init
-        unit = torch.rand(self.nheads, device=self.dt_bias.device, dtype=torch.float32)
-        dt = torch.exp(unit * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.dt_bias.copy_(segments.draw_step_bias(self.nheads, *self.dt_init, self.dt_bias.device))
         A = torch.empty(self.nheads, device=self.A_log.device, dtype=torch.float32)
         self.A_log.copy_(A.uniform_(*self.A_init_range).log())
         nn.init.ones_(self.D)
@@ -368,49 +365,15 @@ class Mamba2(nn.Module):
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             raise InputError(f"dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}")
 
-    def check_input(self, x: Tensor, seq_idx: Tensor | None) -> None:
-        """Raise InputError unless a segment has the shape that `forward` takes."""
-        if x.ndim != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
-            raise InputError(
-                f"Mamba2 takes x of shape (batch, length >= 1, d_model={self.d_model}), got {tuple(x.shape)}"
-            )
-        if seq_idx is not None and (seq_idx.shape != x.shape[:2] or seq_idx.dtype.is_floating_point):
-            raise InputError(
-                f"seq_idx must be integers of shape {tuple(x.shape[:2])}, the batch and length of x; "
-                f"got {seq_idx.dtype} {tuple(seq_idx.shape)}"
-            )
-
     def check_state(
-        self,
-        state: Mamba2State | None,
-        batch: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        seq_idx: Tensor | None,
+        self, state: Mamba2State | None, batch: int, device: torch.device, dtype: torch.dtype, seq_idx: Tensor | None
     ) -> None:
         """Raise StateError unless a state fits the layer, activations of this kind, and the use of `seq_idx`."""
         if state is None:
             return
-        if (state.seq_idx is None) != (seq_idx is None):
-            given, missing = ("the state", "the segment") if seq_idx is None else ("the segment", "the state")
-            raise StateError(
-                f"{given} has a seq_idx and {missing} has none; give seq_idx for every segment of a "
-                "sequence or for none (initial_state(batch_size, packed=True) makes a packed zero state)"
-            )
-        ssm_dtype = torch.promote_types(dtype, torch.float32)
-        expected = {
+        ssm_shape = (batch, self.nheads, self.headdim, self.d_state)
+        parts = {
             "conv": (state.conv, (batch, self.d_conv - 1, self.conv_channels), dtype),
-            "ssm": (state.ssm, (batch, self.nheads, self.headdim, self.d_state), ssm_dtype),
+            "ssm": (state.ssm, ssm_shape, torch.promote_types(dtype, torch.float32)),
         }
-        for name, (tensor, shape, wanted) in expected.items():
-            if tuple(tensor.shape) != shape or tensor.dtype != wanted or tensor.device != device:
-                raise StateError(
-                    f"state.{name} must be {wanted} {shape} on {device}, "
-                    f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-                )
-        if state.seq_idx is not None and tuple(state.seq_idx.shape) != (batch,):
-            raise StateError(f"state.seq_idx must have shape ({batch},), got {tuple(state.seq_idx.shape)}")
-
-
-def _last(seq_idx: Tensor | None) -> Tensor | None:
-    return None if seq_idx is None else seq_idx[:, -1].to(torch.int32, copy=True)
+        segments.check_state(parts, device, batch, state.seq_idx, seq_idx)
