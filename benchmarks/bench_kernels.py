@@ -1,10 +1,11 @@
 """Speed of the Triton kernels at the shape of a Mamba-2 2.7B layer, beside the time their bytes must take.
 
-    python benchmarks/bench_kernels.py [--lengths 1024 4096 16384] [--batch 1] [--json FILE]
+    python benchmarks/bench_kernels.py [--lengths 1024 4096 16384] [--batch 1] [--beside PATH] [--json FILE]
 
 Each time is the median of replays of a CUDA graph that holds the call once, which leaves out the gaps between
 launches. The floor counts each input read once and each output written once, at the bandwidth of a large copy
-measured in the same process; a SSD backward reads the chunk states that its recompute kept.
+measured in the same process; a SSD backward reads the chunk states that its recompute kept. `--beside` adds
+mamba-ssm's scan and layer, from the folder PATH that holds `mamba_ssm/`, or as installed where PATH is left out.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import beside_mamba_ssm
 import torch
 import triton
+from beside_mamba_ssm import D_MODEL, D_STATE, HEADDIM, HEADS
 
 from magc_kernels.conv import autograd as conv
 from magc_kernels.norm import autograd as norm
 from magc_kernels.ssd import autograd as ssd
 
-D_MODEL, HEADS, HEADDIM, D_STATE = 2560, 80, 64, 128
 D_INNER = HEADS * HEADDIM
 CONV_CHANNELS = D_INNER + 2 * D_STATE
 PROJECTION = 2 * D_INNER + 2 * D_STATE + HEADS
@@ -134,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--beside", nargs="?", const="", metavar="PATH", help="compare with mamba-ssm")
     parser.add_argument("--json", help="write all rows to this file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -150,10 +153,19 @@ def main() -> None:
             f"{row.name:<28}{row.length:>8}{row.microseconds:>10.1f}{per_token:>10.1f}"
             f"{row.floor_microseconds:>10.1f}{share:>10.0%}"
         )
+    beside = None
+    if arguments.beside is not None:
+        beside = beside_mamba_ssm.compare(
+            arguments.beside or None, [max(arguments.lengths)], arguments.batch, graph_time
+        )
     if arguments.json:
         with open(arguments.json, "w") as file:
             header = {"device": torch.cuda.get_device_name(), "versions": versions, "copy": bandwidth}
-            json.dump({**header, "batch": arguments.batch, "rows": [asdict(row) for row in rows]}, file, indent=1)
+            json.dump(
+                {**header, "batch": arguments.batch, "rows": [asdict(row) for row in rows], "beside": beside},
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

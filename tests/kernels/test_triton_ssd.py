@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -218,6 +219,55 @@ def test_views_of_one_projection_and_gradients_written_into_one_buffer() -> None
     assert torch.equal(buffer, torch.cat([d.x.flatten(2), d.B.flatten(2), d.C.flatten(2)], -1))
 
 
+def test_steps_gradient_is_written_into_a_view_and_nothing_beside_it() -> None:
+    inputs = {n: t.detach() for n, t in cast(make_inputs(20, 20), torch.float32).items()}
+    y, _, saved = autograd.recompute(autograd.SSDInputs(**inputs, dt_softplus=True, chunk_size=16))
+    assert y is not None
+    wide = torch.full((2, 20, 7), 3.0, device=DEVICE)
+    d = autograd.vjp(saved, y, ddt_out=wide[..., 3:5])
+    assert torch.equal(wide[..., 3:5], autograd.vjp(saved, y).dt)
+    assert d.dt.data_ptr() == wide[..., 3:5].data_ptr()
+    assert (wide[..., :3] == 3.0).all()
+    assert (wide[..., 5:] == 3.0).all()
+
+
+def test_gradients_of_low_precision_weights_may_be_had_in_float32() -> None:
+    inputs = {n: t.detach() for n, t in cast(make_inputs(21, 20), torch.float32).items()}
+    inputs.update({n: inputs[n].half() for n in ("A", "D", "dt_bias")})
+    y, _, saved = autograd.recompute(autograd.SSDInputs(**inputs, dt_softplus=True, chunk_size=16))
+    assert y is not None
+    typed, wide = autograd.vjp(saved, y), autograd.vjp(saved, y, float32_weights=True)
+    for name in ("A", "D", "dt_bias"):
+        assert getattr(typed, name).dtype == torch.float16
+        assert getattr(wide, name).dtype == torch.float32
+        assert torch.equal(getattr(wide, name).half(), getattr(typed, name)), name
+
+
+def test_a_given_configuration_is_used_and_kept() -> None:
+    inputs = {n: t.detach() for n, t in cast(make_inputs(22, 40), torch.float32).items()}
+    given = replace(ssd_config(torch.float32, 16, 16, None), chunk=16, rows=16)
+    y, _, saved = autograd.recompute(autograd.SSDInputs(**inputs, dt_softplus=True, config=given))
+    assert saved.config == given
+    assert_close(y, reference.ssd(**inputs, dt_softplus=True)[0], 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk": 48}, "chunk 48"),
+        ({"rows": 8}, "rows 8"),
+        ({"sweep_rows": 256}, "sweep_rows 256"),
+        ({"precision": "tf16"}, "precision 'tf16'"),
+        ({"roles_warps": 3}, "roles_warps 3"),
+        ({"scan_stages": 0}, "scan_stages 0"),
+    ],
+)
+def test_a_configuration_the_kernels_cannot_run_is_refused(change: dict[str, Any], message: str) -> None:
+    config = replace(ssd_config(torch.bfloat16, 64, 128, None), **change)
+    with pytest.raises(ValueError, match=message):
+        ssd_config(torch.bfloat16, 64, 128, None, config=config)
+
+
 def test_forward_and_recompute_agree_to_the_bit_and_may_skip_the_output() -> None:
     inputs = autograd.SSDInputs(
         **{n: t.detach() for n, t in cast(make_inputs(8, 20), torch.float32).items()}, dt_softplus=True
@@ -313,9 +363,12 @@ def test_gradients_of_gradients_are_refused() -> None:
 def test_configuration_never_depends_on_the_length_and_splits_cover_all_heads() -> None:
     assert ssd_config(torch.bfloat16, 64, 128, 256) == ssd_config(torch.bfloat16, 64, 128, None)
     assert ssd_config(torch.bfloat16, 64, 128, 100).chunk == 64
+    hopper = ssd_config(torch.bfloat16, 64, 128, None, capability=(9, 0))
+    assert hopper != ssd_config(torch.bfloat16, 64, 128, None, capability=(8, 6))
+    assert hopper == ssd_config(torch.bfloat16, 64, 128, None, config=hopper)
     for ratio in (1, 7, 80):
         for others in (1, 100, 10_000):
-            assert 1 <= heads_per_program(ratio, others) <= ratio
+            assert 1 <= heads_per_program(ratio, others, 5) <= ratio
 
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
@@ -351,7 +404,7 @@ def test_error_on_the_gpu_is_near_that_of_rounding_inputs_and_outputs(
         error, bound = relative_l2(actual[name], e), relative_l2(plain[name], e)
         # The reference rounds inputs and outputs only; operands of the kernels' matrix products are rounded once
         # more. The parameters' gradients are a few numbers each, whose errors are luck.
-        factor = 1.4 if "state" in name else 2.5 if name in ("dA", "dD", "ddt_bias") else 1.2
+        factor = 1.1 if "state" in name else 2.5 if name in ("dA", "dD", "ddt_bias") else 1.2
         assert error <= factor * bound + (1e-5 if dtype == torch.float32 else 0.0), (name, error, bound)
     assert all(torch.equal(a, again[n]) for n, a in actual.items())
 

@@ -8,7 +8,7 @@ graph. Requires the package `triton`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,16 @@ from magc_kernels._packing import document_runs
 from magc_kernels._triton import cdiv, check_supported, launch, on_device, refuse_double_backward
 from magc_kernels._triton import rows as strided
 from magc_kernels.ssd import _kernel_backward as backward_kernels
+from magc_kernels.ssd import _kernel_roles as roles_kernels
 from magc_kernels.ssd import kernel
 from magc_kernels.ssd._config import SSDConfig, heads_per_program, ssd_config
 from magc_kernels.ssd.reference import check as check_arguments
 
-_STEP_HEADS = 8
+_STEP_HEADS = 16
 """Heads per program of the two kernels on steps."""
+_LEAST_HEADS = 5
+_LEAST_ROLES_HEADS = 16
+"""Likewise of `roles`, whose programs each write sums that `finish` has to add up."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class SSDInputs:
     dt_softplus: bool = False
     dt_limit: tuple[float, float] = (0.0, math.inf)
     chunk_size: int | None = None
+    config: SSDConfig | None = None
+    """Launch configuration; None for the shipped one."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,9 @@ class SSDSaved:
 
 @dataclass(frozen=True)
 class SSDGradients:
-    """Gradients of `SSDInputs`, typed and shaped as the inputs; `initial_state` is float32 and always there."""
+    """Gradients of the tensors of `SSDInputs`, shaped and, unless asked otherwise, typed as these; `initial_state`
+    is float32 and always there.
+    """
 
     x: Tensor
     dt: Tensor
@@ -96,12 +104,25 @@ def recompute(inputs: SSDInputs, *, output: bool = True) -> tuple[Tensor | None,
     return _run(inputs, output=output, keep=True)
 
 
+def output(saved: SSDSaved) -> tuple[Tensor, SSDSaved]:
+    """The output again, bit for bit, from a recompute's states, for whoever kept those and not the output.
+
+    Returns:
+        The output, and `saved` with all that `vjp` needs, even if it was without `ungated`.
+    """
+    with on_device(saved.step.device):
+        y, ungated = _scan(saved, keep_ungated=True)
+    return y, replace(saved, ungated=ungated)
+
+
 def vjp(
     saved: SSDSaved,
     dy: Tensor,
     dfinal_state: Tensor | None = None,
     *,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
+    ddt_out: Tensor | None = None,
+    float32_weights: bool = False,
 ) -> SSDGradients:
     """Gradients of all inputs.
 
@@ -111,6 +132,9 @@ def vjp(
         dfinal_state: gradient of the final state, `(batch, heads, headdim, d_state)`; None for zeros.
         out: where to write the gradients of `x`, `B` and `C`, with stride 1 in the last axis, for example three
             views of one buffer; None to allocate.
+        ddt_out: where to write the gradient of `dt`, with stride 1 in the last axis; None to allocate.
+        float32_weights: gradients of `A`, `D` and `dt_bias` in float32, as they were added up, whatever the
+            types of these.
     """
     inputs, config = saved.inputs, saved.config
     x, B, C = strided(inputs.x), strided(inputs.B), strided(inputs.C)
@@ -120,7 +144,6 @@ def vjp(
     tokens = chunks * config.chunk
     ratio = heads // groups
     rows = config.chunk // config.rows
-    slices = d_state // config.sweep_backward_columns
     ragged = tokens != length
     packed = saved.runs is not None
     dx, dB, dC = out or (_like(inputs.x), _like(inputs.B), _like(inputs.C))
@@ -143,67 +166,81 @@ def vjp(
 
         dstates = torch.empty_like(saved.states)
         dinitial = torch.empty(batch, heads, headdim, d_state, **float32)
-        dacross = torch.empty(batch, chunks, heads, slices * headdim, **float32)
         launch(
-            backward_kernels.sweep_backward, batch * heads * slices,
-            C, saved.cumulative, saved.runs, dy, saved.states,
-            None if dfinal_state is None else dfinal_state.contiguous(),
-            dstates, dinitial, dacross,
+            backward_kernels.sweep_backward, batch * heads * (headdim // config.sweep_backward_rows),
+            C, saved.cumulative, saved.runs, dy, None if dfinal_state is None else dfinal_state.contiguous(),
+            dstates, dinitial,
             length, heads, ratio, chunks, *C.stride()[:3], *dy.stride()[:3],
-            P=headdim, N=d_state, BN=config.sweep_backward_columns, L=config.chunk,
+            P=headdim, N=d_state, BP=config.sweep_backward_rows, L=config.chunk,
             HAS_DFINAL=dfinal_state is not None, PACKED=packed, RAGGED=ragged,
             PRECISION=config.precision, STAGES=config.sweep_backward_stages,
             num_warps=config.sweep_backward_warps,
         )  # fmt: skip
 
-        per_role = rows * (rows + 1) // 2 + 3 * rows
-        per_program = heads_per_program(ratio, batch * chunks * groups * per_role)
-        splits = -(-ratio // per_program)
         rank = 0 if inputs.D is None else inputs.D.ndim
+        per_program = heads_per_program(ratio, batch * chunks * groups * rows, _LEAST_HEADS)
+        launch(
+            roles_kernels.input_gradient, batch * chunks * groups * -(-ratio // per_program) * rows,
+            B, C, saved.step, saved.cumulative, saved.runs, dstates, dy, inputs.D, dx,
+            length, heads, ratio, chunks, per_program,
+            *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3], *dx.stride()[:3],
+            P=headdim, N=d_state, L=config.chunk, BM=config.rows, D_RANK=rank, PACKED=packed, RAGGED=ragged,
+            PRECISION=config.precision, STAGES=config.input_stages, num_warps=config.input_warps,
+        )  # fmt: skip
+
+        kinds = 4 * rows
+        per_program = heads_per_program(ratio, batch * chunks * groups * kinds, _LEAST_ROLES_HEADS)
+        splits = -(-ratio // per_program)
         dB_parts = torch.empty(splits, batch, tokens, groups, d_state, **float32)
         dC_parts = torch.empty_like(dB_parts)
         dscore = torch.empty(splits, batch, chunks, groups, config.chunk, config.chunk, **float32)
-        dstep = torch.empty_like(saved.step)
-        dcum = torch.empty(rows + 3, *saved.step.shape, **float32)
+        sums = torch.empty(3 + rows, *saved.step.shape, **float32)
+        dacross = torch.empty(batch * chunks, heads, **float32)
         dskip = torch.empty(batch * chunks * rows, heads, *(headdim,) * (rank - 1), **float32)
         launch(
-            backward_kernels.roles, batch * chunks * groups * splits * per_role,
-            x, B, C, saved.step, saved.cumulative, saved.runs, saved.states, dstates, dy, inputs.D,
-            dx, dB_parts, dC_parts, dscore, dstep, dcum, dskip,
+            roles_kernels.roles, batch * chunks * groups * splits * kinds,
+            x, B, C, saved.step, saved.cumulative, saved.runs, saved.states, dstates, dy,
+            dB_parts, dC_parts, dscore, sums, dacross, dskip,
             batch, length, heads, ratio, chunks, per_program,
-            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3], *dx.stride()[:3],
+            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3],
             P=headdim, N=d_state, L=config.chunk, BM=config.rows, D_RANK=rank, PACKED=packed, RAGGED=ragged,
-            PRECISION=config.precision, STAGES=config.roles_stages, num_warps=config.roles_warps,
-        )  # fmt: skip
-        launch(
-            backward_kernels.finish_projections, batch * chunks * groups * rows * 2,
-            B, C, dscore, dB_parts, dC_parts, dB, dC, batch, length, groups, chunks, splits,
-            *B.stride()[:3], *C.stride()[:3], *dB.stride()[:3], *dC.stride()[:3],
-            N=d_state, L=config.chunk, BM=config.rows, PRECISION=config.precision,
-            num_warps=8 if d_state > 128 else 4,
+            PRECISION=config.precision, SCORES_STAGES=config.scores_stages,
+            PROJECTION_STAGES=config.projection_stages, num_warps=config.roles_warps, maxnreg=config.roles_registers,
         )  # fmt: skip
 
         low, high = inputs.dt_limit
-        ddt = torch.empty(inputs.dt.shape, dtype=inputs.dt.dtype, device=x.device)
-        dA_parts = torch.empty(batch * chunks, heads, **float32)
-        dbias_parts = torch.empty_like(dA_parts) if inputs.dt_bias is not None else None
+        ddt = _like(inputs.dt) if ddt_out is None else ddt_out
+        dweights = torch.empty(3, batch * chunks, heads, **float32)
+        columns = min(d_state, config.finish_columns)
         launch(
-            backward_kernels.finish_steps, batch * chunks * cdiv(heads, _STEP_HEADS),
-            inputs.dt, inputs.A, inputs.dt_bias, saved.step, dstep, dcum, dacross,
-            ddt, dA_parts, dbias_parts,
-            batch, length, heads, chunks, *inputs.dt.stride(), low, high,
-            L=config.chunk, BH=_STEP_HEADS, ROWS=rows, ACROSS=slices * headdim,
-            HAS_BIAS=inputs.dt_bias is not None, SOFTPLUS=inputs.dt_softplus, CLAMP=_clamps(inputs),
+            backward_kernels.finish,
+            batch * chunks * (groups * rows * 2 * (d_state // columns) + cdiv(heads, _STEP_HEADS)),
+            B, C, dscore, dB_parts, dC_parts, dB, dC,
+            inputs.dt, inputs.A, inputs.dt_bias, saved.step, saved.cumulative, saved.runs, sums, dacross, dskip,
+            ddt, dweights,
+            batch, length, heads, groups, chunks, splits,
+            *B.stride()[:3], *C.stride()[:3], *dB.stride()[:3], *dC.stride()[:3],
+            *inputs.dt.stride(), *ddt.stride()[:2], low, high,
+            N=d_state, BN=columns, L=config.chunk, BM=config.rows, PRECISION=config.precision,
+            BH=_STEP_HEADS, HAS_SKIP=rank == 1, HAS_BIAS=inputs.dt_bias is not None,
+            SOFTPLUS=inputs.dt_softplus, CLAMP=_clamps(inputs), PACKED=packed,
         )  # fmt: skip
+        dA, dbias, dD = dweights.sum(1)
+        if rank == 2:
+            dD = dskip.sum(0)
+
+        def weight(total: Tensor, of: Tensor | None) -> Tensor | None:
+            return None if of is None else total if float32_weights else total.to(of.dtype)
+
         return SSDGradients(
             x=dx,
             dt=ddt,
-            A=dA_parts.sum(0).to(inputs.A.dtype),
+            A=dA if float32_weights else dA.to(inputs.A.dtype),
             B=dB,
             C=dC,
-            D=None if inputs.D is None else dskip.sum(0).to(inputs.D.dtype),
+            D=weight(dD, inputs.D),
             z=dz,
-            dt_bias=None if dbias_parts is None else dbias_parts.sum(0).to(_type(inputs.dt_bias)),
+            dt_bias=weight(dbias, inputs.dt_bias),
             initial_state=dinitial,
         )
 
@@ -278,16 +315,22 @@ def _inputs(tensors: Any, options: Any) -> SSDInputs:
 
 def _run(inputs: SSDInputs, *, output: bool, keep: bool) -> tuple[Tensor | None, Tensor, SSDSaved]:
     _check(inputs)
-    x, B, C = strided(inputs.x), strided(inputs.B), strided(inputs.C)
+    x, B = strided(inputs.x), strided(inputs.B)
     batch, length, heads, headdim = x.shape
-    groups, d_state = B.shape[2:]
-    config = ssd_config(x.dtype, headdim, d_state, inputs.chunk_size)
+    d_state = B.shape[3]
+    config = ssd_config(
+        x.dtype,
+        headdim,
+        d_state,
+        inputs.chunk_size,
+        capability=torch.cuda.get_device_capability(x.device) if x.is_cuda else None,
+        config=inputs.config,
+    )
     chunks = -(-length // config.chunk)
     tokens = chunks * config.chunk
-    ratio = heads // groups
+    ratio = heads // B.shape[2]
     ragged = tokens != length
     packed = inputs.seq_idx is not None
-    slices = d_state // config.sweep_columns
     low, high = inputs.dt_limit
 
     with on_device(x.device):
@@ -305,33 +348,45 @@ def _run(inputs: SSDInputs, *, output: bool, keep: bool) -> tuple[Tensor | None,
         final_state = torch.empty(batch, heads, headdim, d_state, dtype=torch.float32, device=x.device)
         initial = inputs.initial_state
         launch(
-            kernel.sweep_forward, batch * heads * slices,
+            kernel.sweep_forward, batch * heads * (headdim // config.sweep_rows),
             x, B, step, cumulative, runs, None if initial is None else initial.contiguous(),
             states, final_state,
             length, heads, ratio, chunks, *x.stride()[:3], *B.stride()[:3],
-            P=headdim, N=d_state, BN=config.sweep_columns, L=config.chunk,
+            P=headdim, N=d_state, BP=config.sweep_rows, L=config.chunk,
             HAS_INITIAL=initial is not None, PACKED=packed, RAGGED=ragged,
             PRECISION=config.precision, STAGES=config.sweep_stages, num_warps=config.sweep_warps,
         )  # fmt: skip
-        y, ungated = None, None
-        if output or (keep and inputs.z is not None):
-            y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            z = None if inputs.z is None else strided(inputs.z)
-            ungated = torch.empty_like(y) if keep and z is not None else None
-            rows = config.chunk // config.rows
-            per_program = heads_per_program(ratio, batch * chunks * groups * rows)
-            launch(
-            kernel.scan, batch * chunks * groups * -(-ratio // per_program) * rows,
-                x, B, C, step, cumulative, runs, states, inputs.D, z, y, ungated,
-                length, heads, ratio, chunks, per_program,
-                *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *((0, 0, 0) if z is None else z.stride()[:3]),
-                P=headdim, N=d_state, L=config.chunk, BM=config.rows,
-                D_RANK=0 if inputs.D is None else inputs.D.ndim, GATED=z is not None,
-                KEEP_UNGATED=ungated is not None, PACKED=packed, RAGGED=ragged,
-                PRECISION=config.precision, STAGES=config.scan_stages, num_warps=config.scan_warps,
-            )  # fmt: skip
-    saved = SSDSaved(inputs, config, step, cumulative, runs, states, ungated)
-    return (y if output else None), final_state, saved
+        saved = SSDSaved(inputs, config, step, cumulative, runs, states, None)
+        if not output and (not keep or inputs.z is None):
+            return None, final_state, saved
+        y, ungated = _scan(saved, keep_ungated=keep)
+    return (y if output else None), final_state, replace(saved, ungated=ungated)
+
+
+def _scan(saved: SSDSaved, *, keep_ungated: bool) -> tuple[Tensor, Tensor | None]:
+    """The output from the states, and before the gate, if there is one and that is wanted."""
+    inputs, config = saved.inputs, saved.config
+    x, B, C = strided(inputs.x), strided(inputs.B), strided(inputs.C)
+    z = None if inputs.z is None else strided(inputs.z)
+    batch, length, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    chunks = saved.states.shape[1]
+    ratio = heads // groups
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    ungated = torch.empty_like(y) if keep_ungated and z is not None else None
+    rows = config.chunk // config.rows
+    per_program = heads_per_program(ratio, batch * chunks * groups * rows, _LEAST_HEADS)
+    launch(
+        kernel.scan, batch * chunks * groups * -(-ratio // per_program) * rows,
+        x, B, C, saved.step, saved.cumulative, saved.runs, saved.states, inputs.D, z, y, ungated,
+        length, heads, ratio, chunks, per_program,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *((0, 0, 0) if z is None else z.stride()[:3]),
+        P=headdim, N=d_state, L=config.chunk, BM=config.rows,
+        D_RANK=0 if inputs.D is None else inputs.D.ndim, GATED=z is not None,
+        KEEP_UNGATED=ungated is not None, PACKED=saved.runs is not None, RAGGED=chunks * config.chunk != length,
+        PRECISION=config.precision, STAGES=config.scan_stages, num_warps=config.scan_warps,
+    )  # fmt: skip
+    return y, ungated
 
 
 def _runs(seq_idx: Tensor, prev_seq_idx: Tensor | None, tokens: int) -> Tensor:
@@ -362,7 +417,3 @@ def _clamps(inputs: SSDInputs) -> bool:
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _type(x: Tensor | None) -> torch.dtype | None:
-    return None if x is None else x.dtype

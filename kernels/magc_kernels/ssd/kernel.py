@@ -3,7 +3,7 @@
 The sequence is cut into chunks of `L` tokens (arXiv 2405.21060, section 6). Three launches:
 
 1. `chunk_steps`: step sizes and the running sum of `step * A * log2(e)` inside each chunk;
-2. `sweep_forward`: the state before every chunk. A program owns one head and a slice of the state and walks
+2. `sweep_forward`: the state before every chunk. A program owns one head and some rows of its state and walks
    over the chunks in order, the state in float32 registers: what one chunk hands to the next is never rounded,
    so a segment boundary between two chunks changes no bit of the result;
 3. `scan`: the outputs of a block of tokens. `C B^T` stays in registers for all heads of a group's split.
@@ -71,6 +71,24 @@ def load_rows(pointers, offsets, first, length, RAGGED: tl.constexpr):
         return tl.load(pointers)
 
 
+@triton.jit
+def dot_wide(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a @ b` for a float32 `b`: in half precision as the sum of two operands, which together keep about
+    twice the bits of one. A state is a sum over the whole past; rounding its terms once would be its largest error.
+    """
+    if a.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        if a.dtype == tl.bfloat16:
+            # Cut, not rounded: two instructions, and the rest takes up the difference.
+            high = (b.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        else:
+            high = b.to(a.dtype).to(tl.float32)
+        acc = tl.dot(a, high.to(a.dtype), acc)
+        acc = tl.dot(a, (b - high).to(a.dtype), acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=SIZES)
 def chunk_steps(
     DT, A, BIAS, STEP, CUM,
@@ -106,21 +124,25 @@ def chunk_steps(
 def sweep_forward(
     X, B, STEP, CUM, RUNS, INITIAL, STATES, FINAL,
     length, heads, ratio, chunks, sxb, sxl, sxh, sbb, sbl, sbg,
-    P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, L: tl.constexpr,
     HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The state before every chunk and after the last, for one head and BN of its columns."""
-    SLICES: tl.constexpr = N // BN
+    """The state before every chunk and after the last, for one head and BP of its rows.
+
+    The state is held transposed, `(n, p)`: its many rows then spread over many warps, and the operand that is
+    weighted, x, is the smaller one. What bounds the speed is how long one chunk takes, for there are few programs.
+    """
+    SLICES: tl.constexpr = P // BP
     pid = tl.program_id(0)
-    on = pid % SLICES * BN + tl.arange(0, BN)
+    op = pid % SLICES * BP + tl.arange(0, BP)
     bh = (pid // SLICES).to(tl.int64)
     b = bh // heads
     h = bh % heads
     ol = tl.arange(0, L)
-    op = tl.arange(0, P)
-    tile = op[:, None] * N + on[None, :]
-    state = tl.load(INITIAL + bh * (P * N) + tile).to(tl.float32) if HAS_INITIAL else tl.zeros([P, BN], tl.float32)
+    on = tl.arange(0, N)
+    tile = on[:, None] + op[None, :] * N
+    state = tl.load(INITIAL + bh * (P * N) + tile).to(tl.float32) if HAS_INITIAL else tl.zeros([N, BP], tl.float32)
     row = bh * chunks * L
     x_base = X + (b * sxb + h * sxh)
     b_base = B + (b * sbb + h // ratio * sbg)
@@ -144,9 +166,8 @@ def sweep_forward(
         step = tl.load(STEP + ahead + ol)
         x = load_rows(x_base + t0 * sxl + ol[:, None] * sxl + op[None, :], ol, t0, length, RAGGED)
         B_t = load_rows(b_base + t0 * sbl + ol[:, None] * sbl + on[None, :], ol, t0, length, RAGGED)
-        B_t = (B_t.to(tl.float32) * weight[:, None]).to(x.dtype)
         tl.store(STATES + ((b * chunks + c) * heads + h) * (P * N) + tile, state.to(STATES.dtype.element_ty))
-        state = tl.dot(tl.trans(x), B_t, state * across, input_precision=PRECISION)
+        state = dot_wide(tl.trans(B_t), x.to(tl.float32) * weight[:, None], state * across, PRECISION)
     tl.store(FINAL + bh * (P * N) + tile, state)
 
 
@@ -188,6 +209,7 @@ def _scan_block(
         step = tl.load(STEP + row + ti + om)
         x = load_rows(X + (b * sxb + ti * sxl + h * sxh) + om[:, None] * sxl + op[None, :], om, ti, length, RAGGED)
         if ROW > 0:
+            border = tl.load(CUM + row + (ti - 1))
             cum_0 = tl.load(CUM + row + t0 + om)
             step_0 = tl.load(STEP + row + t0 + om)
             x_0 = load_rows(
@@ -201,13 +223,16 @@ def _scan_block(
             z = load_rows(
                 Z + (b * szb + ti * szl + h * szh) + om[:, None] * szl + op[None, :], om, ti, length, RAGGED
             ).to(tl.float32)
-        from_start = tl.exp2(cum)
+        # Decays past the border between the blocks are products of two factors, each at most 1: the one from the
+        # border to a token of this block is common to the state and the block before.
+        start = tl.zeros([BM], tl.float32) + tl.exp2(border) if ROW > 0 else tl.exp2(cum)
         if PACKED:
-            from_start = tl.where(continues, from_start, 0.0)
-        y = tl.dot(C_i, tl.trans(state), input_precision=PRECISION) * from_start[:, None]
+            start = tl.where(continues, start, 0.0)
+        y = tl.dot(C_i, tl.trans(state), input_precision=PRECISION) * start[:, None]
         if ROW > 0:
-            mixing = score_0 * decay_between(cum[:, None], cum_0[None, :]) * step_0[None, :]
+            mixing = score_0 * (decay_between(border, cum_0) * step_0)[None, :]
             y = tl.dot(mixing.to(x.dtype), x_0, y, input_precision=PRECISION)
+            y *= decay_between(cum, border)[:, None]
         mixing = score * decay_between(cum[:, None], cum[None, :]) * step[None, :]
         y = tl.dot(mixing.to(x.dtype), x, y, input_precision=PRECISION)
         if D_RANK > 0:
