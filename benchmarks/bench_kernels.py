@@ -1,11 +1,12 @@
-"""Speed of the Triton kernels at the shape of a Mamba-2 2.7B layer, beside the time their bytes must take.
+"""Speed of the Triton kernels and the layer made of them at the Mamba-2 2.7B shape, beside the time their bytes must take.
 
     python benchmarks/bench_kernels.py [--lengths 1024 4096 16384] [--batch 1] [--beside PATH] [--json FILE]
 
-Each time is the median of replays of a CUDA graph that holds the call once, which leaves out the gaps between
-launches. The floor counts each input read once and each output written once, at the bandwidth of a large copy
-measured in the same process; a SSD backward reads the chunk states that its recompute kept. `--beside` adds
-mamba-ssm's scan and layer, from the folder PATH that holds `mamba_ssm/`, or as installed where PATH is left out.
+Each time is the median of replays of a CUDA graph that holds the call as often as makes up half a millisecond, which
+leaves out the gaps between launches and the start of a replay. The floor counts each input read once and each output
+written once, at the bandwidth of a large copy measured in the same process; a SSD backward reads the chunk states that
+its recompute kept, and the layer's floor adds its matrix products. `--beside` adds mamba-ssm's scan and layer, from the
+folder PATH that holds `mamba_ssm/`, or as installed where PATH is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import beside_mamba_ssm
+import layer_calls
 import torch
 import triton
 from beside_mamba_ssm import D_MODEL, D_STATE, HEADDIM, HEADS
@@ -45,9 +47,16 @@ def graph_time(run: Callable[[], object], replays: int = 25) -> float:
     for _ in range(3):
         run()
     torch.cuda.synchronize()
+    once = _replayed(run, 1, 5)
+    count = max(1, min(32, round(0.5 / once)))
+    return once if once > 5 else _replayed(run, count, replays)
+
+
+def _replayed(run: Callable[[], object], count: int, replays: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for _ in range(count):
+            run()
     times = []
     for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -55,7 +64,7 @@ def graph_time(run: Callable[[], object], replays: int = 25) -> float:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / count)
     return statistics.median(times)
 
 
@@ -132,6 +141,15 @@ def measure(length: int, batch: int, bandwidth: float) -> list[Row]:
     ]
 
 
+def measure_layer(length: int, batch: int, bandwidth: float, rate: float) -> list[Row]:
+    """The whole layer, and the block around it."""
+    floors = layer_calls.floors(batch * length, bandwidth, rate)
+    return [
+        Row(name, length, graph_time(run) * 1e3, floors[floor] * 1e6)
+        for name, floor, run in layer_calls.calls(length, batch)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
@@ -143,14 +161,18 @@ def main() -> None:
         parser.error("needs an NVIDIA GPU")
     bandwidth = copy_bandwidth()
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"
-    print(f"{torch.cuda.get_device_name()}, {versions}, copy {bandwidth / 1e12:.2f} TB/s")
+    rate = layer_calls.matrix_rate(graph_time)
+    speeds = f"copy {bandwidth / 1e12:.2f} TB/s, bfloat16 products {rate / 1e12:.0f} TFLOP/s"
+    print(f"{torch.cuda.get_device_name()}, {versions}, {speeds}")
     rows = [row for length in arguments.lengths for row in measure(length, arguments.batch, bandwidth)]
-    print(f"{'call':<28}{'length':>8}{'us':>10}{'ns/token':>10}{'floor us':>10}{'of floor':>10}")
+    for length in arguments.lengths:
+        rows += measure_layer(length, arguments.batch, bandwidth, rate)
+    print(f"{'call':<36}{'length':>8}{'us':>10}{'ns/token':>10}{'floor us':>10}{'of floor':>10}")
     for row in rows:
         per_token = row.microseconds * 1e3 / row.length / arguments.batch
         share = row.floor_microseconds / row.microseconds
         print(
-            f"{row.name:<28}{row.length:>8}{row.microseconds:>10.1f}{per_token:>10.1f}"
+            f"{row.name:<36}{row.length:>8}{row.microseconds:>10.1f}{per_token:>10.1f}"
             f"{row.floor_microseconds:>10.1f}{share:>10.0%}"
         )
     beside = None
@@ -160,7 +182,7 @@ def main() -> None:
         )
     if arguments.json:
         with open(arguments.json, "w") as file:
-            header = {"device": torch.cuda.get_device_name(), "versions": versions, "copy": bandwidth}
+            header = {"device": torch.cuda.get_device_name(), "versions": versions, "copy": bandwidth, "products": rate}
             json.dump(
                 {**header, "batch": arguments.batch, "rows": [asdict(row) for row in rows], "beside": beside},
                 file,
