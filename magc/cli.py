@@ -31,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        0, or 2 after an error of magc, which goes to stderr in one line.
+        0; 1 after a self-test that fails; 2 after an error of magc, which goes to stderr in one line.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["demo"]:  # reads its own options
             return int(import_module("magc.demo").main(arguments[1:]) or 0)
         options = _parser().parse_args(arguments)
-        return _doctor() if options.command == "doctor" else _plan(options)
+        return _doctor(options.self_test) if options.command == "doctor" else _plan(options)
     except MagcError as error:
         print(f"magc: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -51,7 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"magc {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("demo", help="train on a long sequence in a small, fixed memory", add_help=False)
-    commands.add_parser("doctor", help="what is installed, what runs natively here, and why the rest does not")
+    doctor = commands.add_parser("doctor", help="what is installed, what runs natively here, and why the rest does not")
+    doctor.add_argument(
+        "--self-test",
+        action="store_true",
+        help="instead, run the Triton kernels in every launch configuration that is shipped for this GPU, against float64",
+    )
     plan = commands.add_parser(
         "plan",
         help="plan for a published Mamba-2 size within a memory budget",
@@ -85,11 +90,15 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _doctor() -> int:
-    from magc.doctor import as_text, examine
+def _doctor(self_test: bool) -> int:
+    from magc import doctor
 
-    print(as_text(examine()))
-    return 0
+    if not self_test:
+        print(doctor.as_text(doctor.examine()))
+        return 0
+    tested, failures = doctor.self_test(lambda line: print(line, file=sys.stderr, flush=True))
+    print(doctor.self_test_as_text(tested, failures))
+    return 1 if failures else 0
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -1,4 +1,6 @@
-"""What `magc doctor` finds: versions, devices, what runs natively, optional parts, places for checkpoints."""
+"""What `magc doctor` finds: versions, devices, what runs natively, optional parts, places for checkpoints; and its
+self-test of the Triton kernels' launch configurations.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,25 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 import magc_kernels
+from magc.errors import MagcError
 from magc.nn.operators import operators
 from magc.report import paragraph
 from magc.units import format_bytes
+
+if TYPE_CHECKING:
+    from magc_kernels.configs import Shape
 
 Status = Literal["ok", "absent", "problem"]
 
@@ -61,6 +68,71 @@ def as_text(findings: list[Finding]) -> str:
     problems = sum(finding.status == "problem" for finding in findings)
     verdict = "no problems found" if not problems else f"{problems} problem{'s' * (problems > 1)}, marked !!"
     return "\n".join([*(paragraph(topic, lines) for topic, lines in topics.items()), paragraph("verdict", [verdict])])
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is wrong with one result of a configuration's self-test.
+
+    Attributes:
+        configuration: operator and class of shapes.
+        name: the output or gradient; or ``"bits"`` that differ from run to run, or why the kernels did not ``"run"``.
+        error: relative error against float64, or in words what happened.
+        bound: the largest error that passes; empty after words.
+    """
+
+    configuration: str
+    name: str
+    error: str
+    bound: str = ""
+
+
+def self_test(progress: Callable[[str], object]) -> tuple[int, list[Failure]]:
+    """Test every launch configuration that is shipped for GPUs like the current one; see `magc_kernels.selftest`.
+
+    Args:
+        progress: called with a line of text after each configuration.
+
+    Returns:
+        How many were tested, and everything that failed.
+
+    Raises:
+        MagcError: Triton or a GPU is missing.
+    """
+    if lacking := _why_no_triton():
+        raise MagcError(f"the self-test runs Triton kernels on an NVIDIA GPU, and here {lacking}")
+    from magc_kernels import selftest
+
+    refusal = import_module("triton.errors").TritonError
+    device = torch.device("cuda")
+    entries = selftest.shipped((selftest.device_class(device),))
+    failures: list[Failure] = []
+    for number, entry in enumerate(entries, 1):
+        label = _label(entry.shape)
+        try:
+            result = selftest.run(entry, device)
+        except refusal as error:
+            wrong = [Failure(label, "run", textwrap.shorten(f"{type(error).__name__}: {error}", 200))]
+        else:
+            errors, bounds = result.errors, result.bounds
+            wrong = [Failure(label, n, f"{errors[n]:.2e}", f"{bounds[n]:.2e}") for n in result.failures]
+            if not result.repeats:
+                wrong.append(Failure(label, "bits", "differ from run to run"))
+        failures += wrong
+        progress(f"{number}/{len(entries)} {label}: {'FAILED' if wrong else 'passed'}")
+    return len(entries), failures
+
+
+def self_test_as_text(tested: int, failures: list[Failure]) -> str:
+    """A line that counts, and a table of what failed."""
+    failed = len({failure.configuration for failure in failures})
+    summary = paragraph("self-test", [f"{tested - failed} of {tested} launch configurations passed"])
+    if not failures:
+        return summary
+    table = [Failure("configuration", "result", "error", "bound"), *failures]
+    wide, narrow = max(len(row.configuration) for row in table), max(len(row.name) for row in table)
+    rows = (f"{row.configuration:<{wide}}  {row.name:<{narrow}}  {row.error:<8}  {row.bound}".rstrip() for row in table)
+    return "\n".join([summary, *rows])
 
 
 def version() -> str:
@@ -136,10 +208,23 @@ def _implementations() -> Iterator[Finding]:
             yield Finding("operators", f"{package.name} kernel", "absent", f"does not run here: {lacking}")
         else:
             yield Finding("operators", f"{package.name} kernel", "ok", "Triton, runs natively on the GPU")
+    if not lacking:
+        yield from _configurations()
     for kind in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         yield Finding(
             "operators", f"impl='auto' on {kind}", "ok", f"takes {operators('auto', torch.device(kind)).name!r}"
         )
+
+
+def _configurations() -> Iterator[Finding]:
+    from magc_kernels.selftest import device_class
+
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        major, minor = torch.cuda.get_device_capability(device)
+        kind = "generic" if device_class(device) is None else "own"
+        detail = f"compute capability {major}.{minor}: {kind}; magc doctor --self-test tests them"
+        yield Finding("operators", f"configurations on {device}", "ok", detail)
 
 
 def _extras() -> Iterator[Finding]:
@@ -187,6 +272,13 @@ def _places() -> Iterator[Finding]:
 
 
 # ---------------------------------------------------------------------- helpers
+def _label(shape: Shape) -> str:
+    from magc_kernels.configs import operator_of
+
+    sizes = (f"{name}={str(value).removeprefix('torch.')}" for name, value in asdict(shape).items())
+    return f"{operator_of(shape)} {' '.join(sizes)}"
+
+
 def _why_no_cuda() -> str:
     if torch.version.cuda is None:
         return " (this torch is built without CUDA)"
@@ -194,7 +286,7 @@ def _why_no_cuda() -> str:
 
 
 def _why_no_triton() -> str:
-    reasons = ["triton is not installed"] if find_spec("triton") is None else []
+    reasons = ["triton is not installed (pip install 'magc[triton]')"] if find_spec("triton") is None else []
     if not torch.cuda.is_available():
         reasons.append(f"no GPU is available{_why_no_cuda()}")
     return ", ".join(reasons)

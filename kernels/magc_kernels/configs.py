@@ -10,12 +10,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType, UnionType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 
 from magc_kernels.conv._config import ConvConfig, conv_config
 from magc_kernels.norm._config import NormConfig, norm_config
+from magc_kernels.selective_scan._config import SelectiveScanConfig, selective_scan_config
 from magc_kernels.ssd._config import SSDConfig, ssd_config
 
 FORMAT = 1
@@ -48,20 +49,58 @@ class NormShape:
     group_size: int
 
 
-Shape = SSDShape | ConvShape | NormShape
-Config = SSDConfig | ConvConfig | NormConfig
+@dataclass(frozen=True)
+class SelectiveScanShape:
+    """What chooses the selective scan's configuration; `dtype` is that of `x`."""
+
+    dtype: torch.dtype
+    d_state: int
+
+
+Shape = SSDShape | ConvShape | NormShape | SelectiveScanShape
+Config = SSDConfig | ConvConfig | NormConfig | SelectiveScanConfig
+Capability = tuple[int, int]
+
+
+class _Kind(NamedTuple):
+    """What belongs to one operator."""
+
+    shape: Callable[..., Shape]
+    config: Callable[..., Config]
+    choose: Callable[..., Config]
+    """From a shape, `capability=` and `config=` to the configuration that runs."""
+
+
+_KINDS = {
+    "ssd": _Kind(SSDShape, SSDConfig, lambda s, **given: ssd_config(s.dtype, s.headdim, s.d_state, None, **given)),
+    "conv": _Kind(ConvShape, ConvConfig, lambda s, **given: conv_config(s.dtype, s.width, **given)),
+    "norm": _Kind(NormShape, NormConfig, lambda s, **given: norm_config(s.dtype, s.group_size, **given)),
+    "selective_scan": _Kind(
+        SelectiveScanShape, SelectiveScanConfig, lambda s, **given: selective_scan_config(s.d_state, **given)
+    ),
+}
+"""By the operator's name, also that of its mapping in `KernelConfigs`."""
+
+
+def operator_of(shape: Shape) -> str:
+    """Name of the operator that a class of shapes is for; TypeError if it is none."""
+    for name, kind in _KINDS.items():
+        if type(shape) is kind.shape:
+            return name
+    raise TypeError(f"{shape!r} is no class of shapes of an operator")
+
+
+def shipped_config(shape: Shape, capability: Capability | None) -> Config:
+    """What an operator runs with if it is given no configuration, on a device of this compute capability."""
+    return _KINDS[operator_of(shape)].choose(shape, capability=capability)
 
 
 def check_config(shape: Shape, config: Config) -> None:
     """Raise ValueError or TypeError, naming the reason, unless the kernels can run `config` for `shape`."""
-    if isinstance(shape, SSDShape) and isinstance(config, SSDConfig):
-        ssd_config(shape.dtype, shape.headdim, shape.d_state, None, config=config)
-    elif isinstance(shape, ConvShape) and isinstance(config, ConvConfig):
-        conv_config(shape.dtype, shape.width, config=config)
-    elif isinstance(shape, NormShape) and isinstance(config, NormConfig):
-        norm_config(shape.dtype, shape.group_size, config=config)
-    else:
+    kind = _KINDS[operator_of(shape)]
+    if type(config) is not kind.config:
         raise TypeError(f"a {type(config).__name__} does not configure a {type(shape).__name__}")
+    kind.choose(shape, config=config)
 
 
 @dataclass(frozen=True)
@@ -75,6 +114,9 @@ class KernelConfigs:
     ssd: Mapping[SSDShape, SSDConfig] = field(default_factory=dict[SSDShape, SSDConfig])
     conv: Mapping[ConvShape, ConvConfig] = field(default_factory=dict[ConvShape, ConvConfig])
     norm: Mapping[NormShape, NormConfig] = field(default_factory=dict[NormShape, NormConfig])
+    selective_scan: Mapping[SelectiveScanShape, SelectiveScanConfig] = field(
+        default_factory=dict[SelectiveScanShape, SelectiveScanConfig]
+    )
     gpu: str | None = None
     """Name of the device that they were tuned on."""
     triton: str | None = None
@@ -84,8 +126,15 @@ class KernelConfigs:
         for name in _KINDS:
             mapping = dict(getattr(self, name))
             for shape, config in mapping.items():
+                if operator_of(shape) != name:
+                    raise TypeError(f"a {type(shape).__name__} is no shape of {name}")
                 check_config(shape, config)
             object.__setattr__(self, name, MappingProxyType(mapping))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled with the layers that hold it, which the read-only mappings alone are not."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        return type(self), tuple(dict(v) if isinstance(v, MappingProxyType) else v for v in values)
 
     def to_json(self) -> str:
         """Text that `from_json` reads."""
@@ -122,9 +171,9 @@ class KernelConfigs:
             _keys(where, entry, {"operator", "shape", "config"})
             if entry["operator"] not in _KINDS:
                 raise ValueError(f"{where}: operator {entry['operator']!r} is none of {', '.join(_KINDS)}")
-            shape_type, config_type = _KINDS[entry["operator"]]
-            shape = _read(f"{where}, shape", shape_type, entry["shape"])
-            config = _read(f"{where}, config", config_type, entry["config"])
+            kind = _KINDS[entry["operator"]]
+            shape = _read(f"{where}, shape", kind.shape, entry["shape"])
+            config = _read(f"{where}, config", kind.config, entry["config"])
             if shape in mappings[entry["operator"]]:
                 raise ValueError(f"{where}: {shape} came before")
             try:
@@ -133,13 +182,6 @@ class KernelConfigs:
                 raise ValueError(f"{where}: {error}") from error
             mappings[entry["operator"]][shape] = config
         return KernelConfigs(**mappings, gpu=data["gpu"], triton=data["triton"])
-
-
-_KINDS: dict[str, tuple[Callable[..., Shape], Callable[..., Config]]] = {
-    "ssd": (SSDShape, SSDConfig),
-    "conv": (ConvShape, ConvConfig),
-    "norm": (NormShape, NormConfig),
-}
 
 
 def _name(dtype: torch.dtype) -> str:

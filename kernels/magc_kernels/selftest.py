@@ -10,30 +10,44 @@ Requires the package `triton`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from magc_kernels.configs import Config, ConvShape, NormShape, Shape, SSDShape
+from magc_kernels._triton import capability
+from magc_kernels.configs import (
+    Capability,
+    Config,
+    ConvShape,
+    NormShape,
+    SelectiveScanShape,
+    Shape,
+    SSDShape,
+    shipped_config,
+)
 from magc_kernels.conv import autograd as conv
 from magc_kernels.conv import reference as conv_reference
-from magc_kernels.conv._config import ConvConfig, conv_config
+from magc_kernels.conv._config import ConvConfig
 from magc_kernels.norm import autograd as norm
 from magc_kernels.norm import reference as norm_reference
-from magc_kernels.norm._config import norm_config
+from magc_kernels.norm._config import NormConfig
+from magc_kernels.selective_scan import autograd as selective_scan
+from magc_kernels.selective_scan import reference as selective_scan_reference
+from magc_kernels.selective_scan._config import SelectiveScanConfig
 from magc_kernels.ssd import autograd as ssd
 from magc_kernels.ssd import reference as ssd_reference
-from magc_kernels.ssd._config import SSDConfig, ssd_config
 
-Capability = tuple[int, int]
+Tensors = dict[str, Tensor]
+Randn = Callable[..., Tensor]
 CLASSES: tuple[Capability | None, ...] = ((9, 0), (8, 0), None)
 """Compute capabilities with configurations of their own; None for all others."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GROUP_SIZES = (64, 256, 768, 1024, 1536, 2048, 2560, 4096, 5120, 8192, 16384)
-_SSD_NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
+_SCAN_NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 _FLOAT32 = ("A", "D", "dt_bias", "state", "dfinal_state", "weight", "bias", "residual", "dtotal")
 """What a layer keeps in float32 beside half-precision activations."""
 _PARAMETERS = ("dA", "dD", "ddt_bias", "dweight", "dbias", "add dweight")
@@ -69,24 +83,21 @@ class Result:
         return self.repeats and not self.failures
 
 
-def shipped(capabilities: tuple[Capability | None, ...] = CLASSES) -> list[Entry]:
+def shipped(classes: tuple[Capability | None, ...] = CLASSES) -> list[Entry]:
     """Every shipped configuration once per class of devices, for the largest of the shapes that it is taken for."""
     entries: dict[object, Entry] = {}
-    for capability in capabilities:
-        for shape in _shapes():
-            config = shipped_config(shape, capability)
+    for device, dtype, operator in itertools.product(classes, _DTYPES, _OPERATORS.values()):
+        for shape in operator.shapes(dtype):
+            config = shipped_config(shape, device)
             width = shape.width if isinstance(shape, ConvShape) else None
-            entries[capability, type(shape), shape.dtype, width, config] = Entry(capability, shape, config)
+            entries[device, type(shape), dtype, width, config] = Entry(device, shape, config)
     return list(entries.values())
 
 
-def shipped_config(shape: Shape, capability: Capability | None) -> Config:
-    """What an operator runs with if it is given no configuration."""
-    if isinstance(shape, SSDShape):
-        return ssd_config(shape.dtype, shape.headdim, shape.d_state, None, capability=capability)
-    if isinstance(shape, ConvShape):
-        return conv_config(shape.dtype, shape.width, capability=capability)
-    return norm_config(shape.dtype, shape.group_size, capability=capability)
+def device_class(device: torch.device) -> Capability | None:
+    """Which of `CLASSES` a device belongs to."""
+    own = capability(device)
+    return own if own in CLASSES else None
 
 
 def run(entry: Entry, device: torch.device) -> Result:
@@ -96,13 +107,14 @@ def run(entry: Entry, device: torch.device) -> Result:
         triton.errors.TritonError: it cannot be compiled, or asks for more than the device has.
     """
     shape, config = entry.shape, entry.config
-    exact = problem(shape, *_small(config), torch.float64, device)
+    operator = _OPERATORS[type(shape)]
+    exact = problem(shape, *operator.small(config), torch.float64, device)
     rounded = _cast(exact, shape.dtype)
     actual = call_kernels(shape, config, rounded)
     again = call_kernels(shape, config, rounded)
-    plain = _reference(shape, rounded)
+    plain = operator.reference(_leaves(rounded))
     errors, bounds = {}, {}
-    for name, truth in _reference(shape, exact).items():
+    for name, truth in operator.reference(_leaves(exact)).items():
         errors[name] = _distance(actual[name], truth)
         # Operands of the kernels' matrix products are rounded once more than the reference's, and a parameter's
         # gradient is a few numbers whose errors are luck.
@@ -111,7 +123,7 @@ def run(entry: Entry, device: torch.device) -> Result:
     return Result(entry, errors, bounds, all(torch.equal(t, again[name]) for name, t in actual.items()))
 
 
-def problem(shape: Shape, length: int, channels: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def problem(shape: Shape, length: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensors:
     """Inputs and output gradients of one segment, in `dtype` but for what a layer keeps in float32.
 
     Args:
@@ -126,54 +138,104 @@ def problem(shape: Shape, length: int, channels: int, dtype: torch.dtype, device
     def randn(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator, dtype=torch.float64, device=device)
 
-    if isinstance(shape, SSDShape):
-        heads = channels // shape.headdim
-        x, state = (1, length, heads, shape.headdim), (1, heads, shape.headdim, shape.d_state)
-        tensors = {
-            "x": randn(*x),
-            "dt": randn(1, length, heads) - 1.0,
-            "A": -randn(heads).abs() - 0.1,
-            "B": randn(1, length, 1, shape.d_state),
-            "C": randn(1, length, 1, shape.d_state),
-            "D": randn(heads),
-            "dt_bias": randn(heads),
-            "state": randn(*state),
-            "dy": randn(*x),
-            "dfinal_state": randn(*state),
-        }
-    elif isinstance(shape, ConvShape):
-        tensors = {
-            "x": randn(1, length, channels),
-            "weight": randn(channels, shape.width),
-            "bias": randn(channels),
-            "rows": randn(1, shape.width - 1, channels),
-            "dy": randn(1, length, channels),
-            "dnew_rows": randn(1, shape.width - 1, channels),
-        }
-    else:
-        names = ("x", "z", "residual", "dy", "dtotal")
-        tensors = {name: randn(length, shape.group_size) for name in names}
-        tensors["weight"] = randn(shape.group_size)
-    return _cast(tensors, dtype)
+    return _cast(_OPERATORS[type(shape)].problem(shape, length, channels, randn), dtype)
 
 
-def call_kernels(shape: Shape, config: Any, t: dict[str, Tensor]) -> dict[str, Tensor]:
+def call_kernels(shape: Shape, config: Config, tensors: Tensors) -> Tensors:
     """Outputs and all gradients of a `problem` from the kernels."""
-    if isinstance(shape, SSDShape):
-        tensors: dict[str, Any] = {n: t[n] for n in _SSD_NAMES}
-        y, state, saved = ssd.recompute(
-            ssd.SSDInputs(**tensors, initial_state=t["state"], dt_softplus=True, config=config)
-        )
-        assert y is not None
-        d = ssd.vjp(saved, t["dy"], t["dfinal_state"])
-        gradients = {"d" + n: getattr(d, n) for n in _SSD_NAMES}
-        return {"y": y, "final_state": state, **gradients, "dstate": d.initial_state}
-    if isinstance(shape, ConvShape):
-        inputs = conv.ConvInputs(t["x"], t["weight"], t["bias"], t["rows"], activation="silu", config=config)
-        y, state = conv.forward(inputs)
-        d = conv.vjp(inputs, t["dy"], t["dnew_rows"])
-        gradients = {"dx": d.x, "dweight": d.weight, "dbias": d.bias, "drows": d.initial_state}
-        return {"y": y, "new_rows": state, **{n: g for n, g in gradients.items() if g is not None}}
+    return _OPERATORS[type(shape)].kernels(config, tensors)
+
+
+# ---------------------------------------------------------------------- the two scans
+def _ssd_problem(shape: SSDShape, length: int, channels: int, randn: Randn) -> Tensors:
+    heads, P, N = channels // shape.headdim, shape.headdim, shape.d_state
+    return _scan_problem((1, length, heads, P), (1, length, heads), (heads,), (1, heads, P, N), randn)
+
+
+def _selective_scan_problem(shape: SelectiveScanShape, length: int, channels: int, randn: Randn) -> Tensors:
+    x, N = (1, length, channels), shape.d_state
+    return {**_scan_problem(x, x, (channels, N), (1, channels, N), randn), "z": randn(*x)}
+
+
+def _scan_problem(
+    x: tuple[int, ...], dt: tuple[int, ...], A: tuple[int, ...], state: tuple[int, ...], randn: Randn
+) -> Tensors:
+    """From the shapes of `x`, `dt`, `A` and the state."""
+    projection = (*x[:2], 1, state[-1])
+    return {
+        "x": randn(*x),
+        "dt": randn(*dt) - 1.0,
+        "A": -randn(*A).abs() - 0.1,
+        "B": randn(*projection),
+        "C": randn(*projection),
+        "D": randn(A[0]),
+        "dt_bias": randn(A[0]),
+        "state": randn(*state),
+        "dy": randn(*x),
+        "dfinal_state": randn(*state),
+    }
+
+
+def _selective_scan_small(config: SelectiveScanConfig) -> tuple[int, int]:
+    """Two programs share a group's channels in the backward."""
+    tile = config.backward_rows * config.backward_lanes
+    return 2 * config.chunk + config.chunk // 2 + 3, config.share * tile + tile // 2 + 3
+
+
+def _scan_kernels(operator: Any, make_inputs: Callable[..., Any], config: Config, t: Tensors) -> Tensors:
+    tensors: Any = {n: t[n] for n in _SCAN_NAMES if n in t}
+    inputs = make_inputs(**tensors, initial_state=t["state"], dt_softplus=True, config=config)
+    y, state, saved = operator.recompute(inputs)
+    d = operator.vjp(saved, t["dy"], t["dfinal_state"])
+    gradients = {"d" + n: getattr(d, n) for n in tensors}
+    return {"y": y, "final_state": state, **gradients, "dstate": d.initial_state}
+
+
+def _scan_reference(operator: Callable[..., tuple[Tensor, Tensor]], t: Tensors) -> Tensors:
+    tensors = {n: t[n] for n in _SCAN_NAMES if n in t}
+    y, state = operator(**tensors, initial_state=t["state"], dt_softplus=True)
+    gradients = _gradients((y, state), (t["dy"], t["dfinal_state"]), {**tensors, "state": t["state"]})
+    return {"y": y, "final_state": state, **gradients}
+
+
+# ---------------------------------------------------------------------- the convolution
+def _conv_problem(shape: ConvShape, length: int, channels: int, randn: Randn) -> Tensors:
+    return {
+        "x": randn(1, length, channels),
+        "weight": randn(channels, shape.width),
+        "bias": randn(channels),
+        "rows": randn(1, shape.width - 1, channels),
+        "dy": randn(1, length, channels),
+        "dnew_rows": randn(1, shape.width - 1, channels),
+    }
+
+
+def _conv_small(config: ConvConfig) -> tuple[int, int]:
+    tiles = (config.forward, config.backward)
+    return 3 * max(tile.lanes * tile.run for tile in tiles) + 3, max(tile.channels for tile in tiles) + 8
+
+
+def _conv_kernels(config: ConvConfig, t: Tensors) -> Tensors:
+    inputs = conv.ConvInputs(t["x"], t["weight"], t["bias"], t["rows"], activation="silu", config=config)
+    y, state = conv.forward(inputs)
+    d = conv.vjp(inputs, t["dy"], t["dnew_rows"])
+    gradients = {"dx": d.x, "dweight": d.weight, "dbias": d.bias, "drows": d.initial_state}
+    return {"y": y, "new_rows": state, **{n: g for n, g in gradients.items() if g is not None}}
+
+
+def _conv_reference(t: Tensors) -> Tensors:
+    tensors = {n: t[n] for n in ("x", "weight", "bias", "rows")}
+    y, state = conv_reference.causal_conv1d(t["x"], t["weight"], t["bias"], initial_state=t["rows"], activation="silu")
+    return {"y": y, "new_rows": state, **_gradients((y, state), (t["dy"], t["dnew_rows"]), tensors)}
+
+
+# ---------------------------------------------------------------------- the norms
+def _norm_problem(shape: NormShape, length: int, _: int, randn: Randn) -> Tensors:
+    tensors = {name: randn(length, shape.group_size) for name in ("x", "z", "residual", "dy", "dtotal")}
+    return {**tensors, "weight": randn(shape.group_size)}
+
+
+def _norm_kernels(config: NormConfig, t: Tensors) -> Tensors:
     x, z, residual, weight = (t[n] for n in ("x", "z", "residual", "weight"))
     y = norm.gated_forward(x, z, weight, config=config)
     g = norm.gated_vjp(x, z, weight, t["dy"], config=config)
@@ -186,45 +248,7 @@ def call_kernels(shape: Shape, config: Any, t: dict[str, Tensor]) -> dict[str, T
     return {**gated, "normal": normal, "total": total, **added}
 
 
-def _shapes() -> Iterator[Shape]:
-    for dtype in _DTYPES:
-        for headdim, d_state in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256)):
-            yield SSDShape(dtype, headdim, d_state)
-        for width in (2, 3, 4):
-            yield ConvShape(dtype, width)
-        for size in _GROUP_SIZES:
-            yield NormShape(dtype, size)
-
-
-def _small(config: Config) -> tuple[int, int]:
-    """Length and channels of a problem of several ragged tiles."""
-    if isinstance(config, SSDConfig):
-        return 2 * config.chunk + config.chunk // 2 + 3, 256
-    if isinstance(config, ConvConfig):
-        tiles = (config.forward, config.backward)
-        return 3 * max(tile.lanes * tile.run for tile in tiles) + 3, max(tile.channels for tile in tiles) + 8
-    return config.backward_programs + 5, 0
-
-
-def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    wide = torch.promote_types(dtype, torch.float32)
-    return {n: t.to(wide if n in _FLOAT32 else dtype) for n, t in tensors.items()}
-
-
-def _reference(shape: Shape, t: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As `call_kernels`, from plain PyTorch."""
-    t = {n: v.detach().requires_grad_() for n, v in t.items()}
-    if isinstance(shape, SSDShape):
-        tensors: dict[str, Any] = {n: t[n] for n in _SSD_NAMES}
-        y, state = ssd_reference.ssd(**tensors, initial_state=t["state"], dt_softplus=True)
-        gradients = _gradients((y, state), (t["dy"], t["dfinal_state"]), {**tensors, "state": t["state"]})
-        return {"y": y, "final_state": state, **gradients}
-    if isinstance(shape, ConvShape):
-        tensors = {n: t[n] for n in ("x", "weight", "bias", "rows")}
-        y, state = conv_reference.causal_conv1d(
-            t["x"], t["weight"], t["bias"], initial_state=t["rows"], activation="silu"
-        )
-        return {"y": y, "new_rows": state, **_gradients((y, state), (t["dy"], t["dnew_rows"]), tensors)}
+def _norm_reference(t: Tensors) -> Tensors:
     x, z, residual, weight = (t[n] for n in ("x", "z", "residual", "weight"))
     y = norm_reference.gated_rms_norm(x, z, weight)
     gated = _gradients((y,), (t["dy"],), {"x": x, "z": z, "weight": weight})
@@ -233,9 +257,59 @@ def _reference(shape: Shape, t: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"y": y, **gated, "normal": normal, "total": total, **{"add " + n: g for n, g in added.items()}}
 
 
-def _gradients(
-    outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], inputs: dict[str, Tensor]
-) -> dict[str, Tensor]:
+class _Operator(NamedTuple):
+    shapes: Callable[[torch.dtype], Iterable[Shape]]
+    small: Callable[[Any], tuple[int, int]]
+    """Length and channels of a problem of several ragged tiles."""
+    problem: Callable[[Any, int, int, Randn], Tensors]
+    kernels: Callable[[Any, Tensors], Tensors]
+    """Outputs and, under the inputs' names prefixed by "d", gradients."""
+    reference: Callable[[Tensors], Tensors]
+    """The same from plain PyTorch."""
+
+
+_OPERATORS: dict[type[Shape], _Operator] = {
+    SSDShape: _Operator(
+        lambda dtype: (SSDShape(dtype, p, n) for p in (16, 32, 64, 128) for n in (16, 32, 64, 128, 256)),
+        lambda config: (2 * config.chunk + config.chunk // 2 + 3, 256),
+        _ssd_problem,
+        partial(_scan_kernels, ssd, ssd.SSDInputs),
+        partial(_scan_reference, ssd_reference.ssd),
+    ),
+    SelectiveScanShape: _Operator(
+        lambda dtype: (SelectiveScanShape(dtype, 1 << power) for power in range(9)),
+        _selective_scan_small,
+        _selective_scan_problem,
+        partial(_scan_kernels, selective_scan, selective_scan.SelectiveScanInputs),
+        partial(_scan_reference, selective_scan_reference.selective_scan),
+    ),
+    ConvShape: _Operator(
+        lambda dtype: (ConvShape(dtype, width) for width in (2, 3, 4)),
+        _conv_small,
+        _conv_problem,
+        _conv_kernels,
+        _conv_reference,
+    ),
+    NormShape: _Operator(
+        lambda dtype: (NormShape(dtype, size) for size in _GROUP_SIZES),
+        lambda config: (config.backward_programs + 5, 0),
+        _norm_problem,
+        _norm_kernels,
+        _norm_reference,
+    ),
+}
+
+
+def _leaves(tensors: Tensors) -> Tensors:
+    return {n: t.detach().requires_grad_() for n, t in tensors.items()}
+
+
+def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    wide = torch.promote_types(dtype, torch.float32)
+    return {n: t.to(wide if n in _FLOAT32 else dtype) for n, t in tensors.items()}
+
+
+def _gradients(outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], inputs: Tensors) -> Tensors:
     grads = torch.autograd.grad(outputs, list(inputs.values()), weights)
     return {"d" + name: grad for name, grad in zip(inputs, grads, strict=True)}
 

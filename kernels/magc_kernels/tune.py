@@ -19,9 +19,10 @@ from triton.errors import TritonError
 
 from magc_kernels import selftest
 from magc_kernels._triton import capability, on_device
-from magc_kernels.configs import Config, ConvShape, KernelConfigs, Shape, SSDShape, check_config
+from magc_kernels.configs import Config, KernelConfigs, Shape, check_config, operator_of, shipped_config
 from magc_kernels.conv._config import ConvConfig, ConvTile
 from magc_kernels.norm._config import NormConfig
+from magc_kernels.selective_scan._config import SelectiveScanConfig
 from magc_kernels.ssd._config import SSDConfig
 
 _TOKENS, _CHANNELS = 8192, 4096
@@ -34,8 +35,8 @@ _BY_SUFFIX: dict[str, tuple[Any, ...]] = {
     "_columns": (32, 64, 128),
 }
 
+# Neither a chunk, from which follows what a layer keeps in memory, nor a precision.
 _ALTERNATIVES: dict[type[Config], dict[str, tuple[Any, ...]]] = {
-    # Neither the chunk, from which follows what a layer keeps in memory, nor the precision.
     SSDConfig: {f.name: v for f in fields(SSDConfig) for suffix, v in _BY_SUFFIX.items() if f.name.endswith(suffix)},
     ConvConfig: {
         "forward": tuple(
@@ -54,6 +55,18 @@ _ALTERNATIVES: dict[type[Config], dict[str, tuple[Any, ...]]] = {
         "forward_rows": (1, 2, 4, 8),
         "backward_programs": (132, 264, 528, 1056),
         "backward_stages": (1, 2, 3),
+    },
+    SelectiveScanConfig: {
+        "rows": (1, 2, 4),
+        "lanes": (8, 16, 32),
+        "tokens": (1, 2, 4, 8),
+        "added_rows": (1, 2),
+        "added_tokens": (2, 4, 8),
+        "backward_rows": (1, 2, 4, 8),
+        "backward_lanes": (2, 4, 8, 16, 32),
+        "block": (1, 2, 4),
+        "share": (4, 8, 16),
+        "programs": (528, 1056, 2112),
     },
 }
 
@@ -85,10 +98,9 @@ def tune(
     with on_device(device):
         for shape in shapes:
             found[shape] = _tune(shape, device, progress, measure or graph_seconds, alternatives)
-    kinds: dict[str, dict[Any, Any]] = {"ssd": {}, "conv": {}, "norm": {}}
+    kinds: dict[str, dict[Any, Any]] = {}
     for shape, config in found.items():
-        kind = "ssd" if isinstance(shape, SSDShape) else "conv" if isinstance(shape, ConvShape) else "norm"
-        kinds[kind][shape] = config
+        kinds.setdefault(operator_of(shape), {})[shape] = config
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return KernelConfigs(**kinds, gpu=gpu, triton=triton.__version__)
 
@@ -120,7 +132,7 @@ def _tune(
     alternatives: dict[type[Config], dict[str, tuple[Any, ...]]],
 ) -> Config:
     device_class = capability(device)
-    best = selftest.shipped_config(shape, device_class)
+    best = shipped_config(shape, device_class)
     tensors = selftest.problem(shape, _TOKENS, _CHANNELS, shape.dtype, device)
 
     def time(config: Config) -> float | None:

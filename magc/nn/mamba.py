@@ -7,7 +7,7 @@ ways. Shape letters: B batch, L length, D d_model, E d_inner, R dt_rank, G group
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from magc.nn.linear import Linear
 from magc.nn.operators import Choice, Impl, Operators, check_impl, choose, operators
 from magc_kernels._packing import keep_if
 from magc_kernels.linear.autograd import linear
+
+if TYPE_CHECKING:
+    from magc_kernels.configs import KernelConfigs
 
 TRITON_D_STATES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Sizes that `magc_kernels.selective_scan.autograd` takes, known here without Triton."""
@@ -47,6 +50,7 @@ class Mamba(nn.Module):
         dt_init: how the step projection's weight begins, `"random"` (uniform) or `"constant"`.
         dt_scale: factor of its size, `dt_rank ** -0.5`.
         conv_bias, bias: whether the convolution and the outer projections have biases.
+        configs: launch configurations of the Triton kernels (`magc_kernels.tune`); None for the shipped ones.
         impl: see `magc.nn.operators.Impl`.
         device, dtype: of all parameters, but `A_log` and `D` are at least float32.
 
@@ -69,6 +73,7 @@ class Mamba(nn.Module):
         conv_bias: bool = True,
         bias: bool = False,
         *,
+        configs: KernelConfigs | None = None,
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -82,6 +87,7 @@ class Mamba(nn.Module):
         self.dt_range = (dt_min, dt_max, dt_init_floor)
         self.dt_init = dt_init
         self.dt_scale = dt_scale
+        self.configs = configs
         self.impl: Impl = check_impl(impl)
         self._check_sizes()
 
@@ -180,6 +186,7 @@ class Mamba(nn.Module):
         self, run: Operators, x_BLE: Tensor, z_BLE: Tensor, state: MambaState | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, MambaState]:
         prev_seq_idx = None if state is None else state.seq_idx
+        conv_options, scan_options = self._launch_options(run, x_BLE.dtype)
         x_BLE, conv_state = run.causal_conv1d(
             x_BLE,
             self.conv1d.weight.squeeze(1),
@@ -188,6 +195,7 @@ class Mamba(nn.Module):
             initial_state=None if state is None else state.conv,
             seq_idx=seq_idx,
             prev_seq_idx=prev_seq_idx,
+            **conv_options,
         )
         dt_BLE, B_BLN, C_BLN = self._projections(x_BLE)
         y_BLE, ssm_state = run.selective_scan(
@@ -203,6 +211,7 @@ class Mamba(nn.Module):
             initial_state=None if state is None else state.ssm,
             seq_idx=seq_idx,
             prev_seq_idx=prev_seq_idx,
+            **scan_options,
         )
         return y_BLE, MambaState(conv_state, ssm_state, segments.last_document(seq_idx))
 
@@ -232,6 +241,16 @@ class Mamba(nn.Module):
             dt_softplus=True,
         )
         return y_BE.unsqueeze(1), MambaState(conv_state, ssm_state, segments.last_document(seq_idx))
+
+    def _launch_options(self, run: Operators, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of the convolution and of the scan that only the Triton operators take."""
+        if self.configs is None or run.name != "triton":
+            return {}, {}
+        from magc_kernels.configs import ConvShape, SelectiveScanShape
+
+        conv = self.configs.conv.get(ConvShape(dtype, self.d_conv))
+        scan = self.configs.selective_scan.get(SelectiveScanShape(dtype, self.d_state))
+        return {"config": conv}, {"config": scan}
 
     def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Steps before their bias, which the scan adds in its own precision, and B and C."""

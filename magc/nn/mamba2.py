@@ -8,7 +8,7 @@ headdim, G groups, N d_state.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -245,6 +245,7 @@ class Mamba2(nn.Module):
         seq_idx: Tensor | None,
     ) -> tuple[Tensor, Mamba2State]:
         prev_seq_idx = None if state is None else state.seq_idx
+        conv_config, scan_config = self._operator_configs(run, xBC.dtype)
         xBC, conv_state = run.causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
@@ -253,6 +254,7 @@ class Mamba2(nn.Module):
             initial_state=None if state is None else state.conv,
             seq_idx=seq_idx,
             prev_seq_idx=prev_seq_idx,
+            **conv_config,
         )
         x, B, C = self._split_conv_output(xBC)
         y, ssm_state = run.ssd(
@@ -270,6 +272,7 @@ class Mamba2(nn.Module):
             seq_idx=seq_idx,
             prev_seq_idx=prev_seq_idx,
             chunk_size=min(self.chunk_size, run.max_chunk_size),
+            **scan_config,
         )
         return y.flatten(-2), Mamba2State(conv_state, ssm_state, segments.last_document(seq_idx))
 
@@ -307,6 +310,15 @@ class Mamba2(nn.Module):
             dt_limit=self.dt_limit,
         )
         return y.flatten(-2).unsqueeze(1), Mamba2State(conv_state, ssm_state, segments.last_document(seq_idx))
+
+    def _operator_configs(self, run: Operators, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Launch configurations of the convolution and the scan, as arguments that only the Triton ones take."""
+        if self.configs is None or run.name != "triton":
+            return {}, {}
+        from magc_kernels.configs import ConvShape, SSDShape
+
+        conv = self.configs.conv.get(ConvShape(dtype, self.d_conv))
+        return {"config": conv}, {"config": self.configs.ssd.get(SSDShape(dtype, self.headdim, self.d_state))}
 
     def _split_conv_output(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         group_sizes = [self.ngroups * self.d_state] * 2

@@ -12,12 +12,17 @@ import torch
 from tests.kernels.triton_device import DEVICE, triton_test  # isort: skip  (before Triton)
 
 from magc_kernels import selftest
-from magc_kernels._triton import capability
-from magc_kernels.configs import ConvShape, NormShape, SSDShape
+from magc_kernels.configs import ConvShape, NormShape, SelectiveScanShape, SSDShape, shipped_config
 from magc_kernels.conv._config import ConvConfig, ConvTile
 from magc_kernels.norm._config import NormConfig
+from magc_kernels.selective_scan._config import SelectiveScanConfig
 
-CPU_SHAPES = [SSDShape(torch.float32, 16, 16), ConvShape(torch.float32, 3), NormShape(torch.float32, 40)]
+CPU_SHAPES = [
+    SSDShape(torch.float32, 16, 16),
+    ConvShape(torch.float32, 3),
+    NormShape(torch.float32, 40),
+    SelectiveScanShape(torch.float32, 4),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +32,7 @@ def _triton() -> Iterator[None]:
 
 
 def entry_for(shape: Any) -> selftest.Entry:
-    return selftest.Entry(None, shape, selftest.shipped_config(shape, None))
+    return selftest.Entry(None, shape, shipped_config(shape, None))
 
 
 def small_conv() -> selftest.Entry:
@@ -38,7 +43,7 @@ def small_conv() -> selftest.Entry:
 def test_every_operator_and_class_of_devices_is_listed_once() -> None:
     entries = selftest.shipped()
     kinds = {(e.capability, type(e.shape), e.shape.dtype) for e in entries}
-    assert len(kinds) == 3 * 3 * 3
+    assert len(kinds) == 3 * 4 * 3
     assert len(entries) == len(set(entries))
 
 
@@ -47,6 +52,8 @@ def test_shipped_configurations_pass(shape: Any) -> None:
     entry = entry_for(shape)
     if isinstance(entry.config, NormConfig):  # the interpreter runs one program after another
         entry = replace(entry, config=replace(entry.config, backward_programs=3))
+    if isinstance(entry.config, SelectiveScanConfig):  # and one token after another
+        entry = replace(entry, config=replace(entry.config, chunk=8, share=1))
     result = selftest.run(entry, DEVICE)
     assert result.passed, (result.failures, result.errors)
     gradients = {name for name in result.errors if name.startswith("d")}
@@ -75,8 +82,16 @@ def test_a_number_that_is_none_is_a_failure() -> None:
     assert not replace(result, repeats=False).passed
 
 
+@pytest.mark.parametrize(("own", "expected"), [((9, 0), (9, 0)), ((8, 9), None), (None, None)])
+def test_a_device_without_configurations_of_its_own_is_of_the_generic_class(
+    own: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "capability", lambda _: own)
+    assert selftest.device_class(DEVICE) == expected
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("entry", selftest.shipped((capability(DEVICE),)), ids=str)
+@pytest.mark.parametrize("entry", selftest.shipped((selftest.device_class(DEVICE),)), ids=str)
 def test_shipped_configurations_pass_on_the_gpu(entry: selftest.Entry) -> None:
     result = selftest.run(entry, DEVICE)
     assert result.passed, (result.failures, result.errors, result.bounds)

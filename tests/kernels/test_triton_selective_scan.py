@@ -32,7 +32,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         autograd,
         "selective_scan_config",
-        lambda d_state: replace(
+        lambda d_state, **_: replace(
             selective_scan_config(d_state), chunk=8, added_tokens=2, block=4, rows=1, lanes=32, share=2, programs=3
         ),
     )
@@ -291,6 +291,45 @@ def test_gradients_of_gradients_are_refused() -> None:
     y, _ = autograd.selective_scan(**inputs)
     with pytest.raises(RuntimeError, match="gradients of gradients"):
         torch.autograd.grad((y * y).sum(), [inputs["x"]], create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Wider tiles in one kernel than in the others; fewer lanes than a panel has; blocks of one token.
+        {"rows": 1, "lanes": 32, "added_rows": 4, "backward_rows": 1, "backward_lanes": 8, "tokens": 1},
+        {"rows": 1, "lanes": 8, "backward_rows": 4, "backward_lanes": 32, "block": 1, "share": 1, "programs": 1},
+        {"rows": 4, "lanes": 2, "added_tokens": 1, "backward_rows": 2, "backward_lanes": 2, "tokens": 8, "block": 8},
+    ],
+)
+def test_a_configuration_of_the_callers(changes: dict[str, int]) -> None:
+    config = replace(selective_scan_config(4), chunk=8, **changes)
+    inputs = make_inputs(20, 11, ratio=37)
+    actual = evaluate(autograd.selective_scan, inputs, torch.float32, dt_softplus=True, config=config)
+    assert_all_close(actual, truth(inputs, dt_softplus=True), 2e-6)
+
+
+def test_a_recompute_keeps_the_configuration_that_it_ran_with() -> None:
+    values = {n: t.detach() for n, t in cast(make_inputs(21, 4), torch.float32).items()}
+    config = replace(selective_scan_config(4), chunk=8)
+    inputs = autograd.SelectiveScanInputs(**values)
+    assert autograd.recompute(replace(inputs, config=config))[2].config is config
+    assert autograd.recompute(inputs)[2].config == selective_scan_config(4)
+
+
+def test_gradients_of_parameters_may_stay_in_float32() -> None:
+    """They are what is rounded otherwise."""
+    config = replace(selective_scan_config(4), chunk=8)
+    values = {n: t.detach() for n, t in cast(make_inputs(22, 10), torch.float16).items()}
+    parameters = {n: values[n].half() for n in ("A", "D", "dt_bias")}
+    inputs = autograd.SelectiveScanInputs(**{**values, **parameters}, dt_softplus=True, config=config)
+    y, _, saved = autograd.recompute(inputs)
+    assert y is not None
+    rounded, unrounded = autograd.vjp(saved, y), autograd.vjp(saved, y, float32_weights=True)
+    for name, gradient in vars(unrounded).items():
+        assert gradient.dtype == (torch.float32 if name in (*parameters, "initial_state") else torch.float16), name
+        assert torch.equal(gradient.to(getattr(rounded, name).dtype), getattr(rounded, name)), name
+    assert rounded.A.dtype == torch.float16
 
 
 @pytest.mark.parametrize("d_state", [1, 2, 4, 8, 16, 32, 64, 128, 256])

@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from magc import Plan, sizes
+from magc import Plan, doctor, sizes
 from magc.cli import main
-from magc.doctor import version
+from magc.doctor import Failure, version
 from magc.errors import InputError
 
 SMALL = (32, 64)
@@ -108,6 +108,28 @@ def test_demo_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "magc.demo", module)
     assert main(["demo", "--tokens", "100", "-h"]) == 3
     assert got == [["--tokens", "100", "-h"]]
+
+
+@pytest.mark.parametrize("failures", [[], [Failure("conv width=4", "dx", "1.00e-03", "5.00e-04")]])
+def test_self_test_of_the_doctor(
+    failures: list[Failure], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "self_test", lambda progress: (progress("1/1 conv width=4"), (1, failures))[1])
+    assert main(["doctor", "--self-test"]) == len(failures)
+    shown = capsys.readouterr()
+    assert shown.err == "1/1 conv width=4\n"
+    assert f"{1 - len(failures)} of 1 launch configurations passed" in shown.out
+    assert ("dx" in shown.out) == bool(failures)
+
+
+def test_self_test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor", "--self-test"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("magc: error: the self-test runs Triton kernels on an NVIDIA GPU, and here ")
+    assert "no GPU is available" in shown.err
+    assert shown.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

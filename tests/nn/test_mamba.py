@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch.utils import _pytree as pytree
 from magc import GridCheckpoint, Plan
 from magc.errors import InputError, StateError
 from magc.nn import Mamba, MambaState
+from magc.nn import mamba as mamba_module
+from magc.nn.operators import operators
 from tests.kernels.compare import assert_close, gradients, packed_ids, randn, relative_error, splits
 from tests.nn.helpers import in_segments, perturbed
 
@@ -209,6 +212,42 @@ def test_auto_falls_back_by_name_where_the_kernels_take_no_such_state_size() -> 
     assert Mamba(8, d_state=12).implementation(cuda).name == "reference"
     assert Mamba(8, d_state=16).implementation(torch.device("cpu")).name == "reference"
     assert Mamba(8, d_state=12, impl="triton").implementation(cuda).name == "triton"
+
+
+def made_for(configs: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> list[Any]:
+    """What the Triton convolution and scan of a layer with `configs` would be given, None included."""
+    reference, given = operators("reference", torch.device("cpu")), []
+
+    def spy(operator: Any) -> Any:
+        return lambda *args, config, **options: (given.append(config), operator(*args, **options))[1]
+
+    run = replace(
+        reference,
+        name="triton",
+        causal_conv1d=spy(reference.causal_conv1d),
+        selective_scan=spy(reference.selective_scan),
+    )
+    monkeypatch.setattr(mamba_module, "operators", lambda *_: run)
+    small_mamba(dtype, configs=configs)(randn(0, 1, 5, 8).to(dtype))
+    return given
+
+
+def test_the_triton_operators_get_the_configurations_of_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = pytest.importorskip("magc_kernels.configs", exc_type=ImportError)
+    conv, scan = configs.ConvShape(torch.float32, 4), configs.SelectiveScanShape(torch.float32, 4)
+    given = configs.KernelConfigs(
+        conv={conv: configs.shipped_config(conv, None)},
+        selective_scan={scan: configs.shipped_config(scan, None)},
+    )
+    assert made_for(given, monkeypatch, torch.float32) == [given.conv[conv], given.selective_scan[scan]]
+    assert made_for(given, monkeypatch, torch.bfloat16) == [None, None]
+
+
+def test_the_reference_operators_get_no_configurations() -> None:
+    configs = pytest.importorskip("magc_kernels.configs", exc_type=ImportError)
+    x = randn(0, 1, 5, 8)
+    layer = small_mamba(configs=configs.KernelConfigs())
+    assert torch.equal(copy.deepcopy(layer)(x)[0], small_mamba()(x)[0])
 
 
 @pytest.mark.parametrize(

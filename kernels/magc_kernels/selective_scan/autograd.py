@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from magc_kernels._packing import document_runs
-from magc_kernels._triton import cdiv, check_supported, launch, on_device, refuse_double_backward
+from magc_kernels._triton import capability, cdiv, check_supported, launch, on_device, refuse_double_backward
 from magc_kernels._triton import rows as strided
 from magc_kernels.selective_scan import _kernel_backward as backward_kernels
 from magc_kernels.selective_scan import kernel
@@ -43,6 +43,8 @@ class SelectiveScanInputs:
     seq_idx: Tensor | None = None
     prev_seq_idx: Tensor | None = None
     dt_softplus: bool = False
+    config: SelectiveScanConfig | None = None
+    """None: the shipped one, `selective_scan_config`."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class SelectiveScanSaved:
 
 @dataclass(frozen=True)
 class SelectiveScanGradients:
-    """Gradients of `SelectiveScanInputs`, typed and shaped as the inputs; `initial_state` is float32 and always
-    there.
+    """Gradients of `SelectiveScanInputs`, typed and shaped as the inputs but for `float32_weights`; `initial_state` is
+    float32 and always there.
     """
 
     x: Tensor
@@ -96,7 +98,7 @@ def recompute(inputs: SelectiveScanInputs, *, output: bool = True) -> tuple[Tens
     batch, length, channels = x.shape
     groups, d_state = inputs.B.shape[2:]
     ratio = channels // groups
-    config = selective_scan_config(d_state)
+    config = selective_scan_config(d_state, capability=capability(x.device), config=inputs.config)
     chunks = cdiv(length, config.chunk)
     rows = batch * chunks * groups
     float32 = {"dtype": torch.float32, "device": x.device}
@@ -132,13 +134,17 @@ def recompute(inputs: SelectiveScanInputs, *, output: bool = True) -> tuple[Tens
     return y, final_state, SelectiveScanSaved(inputs, config, runs, states)
 
 
-def vjp(saved: SelectiveScanSaved, dy: Tensor, dfinal_state: Tensor | None = None) -> SelectiveScanGradients:
+def vjp(
+    saved: SelectiveScanSaved, dy: Tensor, dfinal_state: Tensor | None = None, *, float32_weights: bool = False
+) -> SelectiveScanGradients:
     """Gradients of all inputs.
 
     Args:
         saved: of the recompute.
         dy: gradient of the output, shaped as `x`.
         dfinal_state: gradient of the final state, `(batch, channels, d_state)`; None for zeros.
+        float32_weights: gradients of `A`, `D` and `dt_bias` in float32, as they were added up, whatever the types of
+            these.
     """
     inputs, config, runs = saved.inputs, saved.config, saved.runs
     x, dt, z, dy = strided(inputs.x), strided(inputs.dt), _strided(inputs.z), strided(dy)
@@ -191,15 +197,23 @@ def vjp(saved: SelectiveScanSaved, dy: Tensor, dfinal_state: Tensor | None = Non
             N=d_state, R=config.backward_rows, W=config.backward_lanes, L=config.chunk, T=config.block,
             SHARE=config.share, SKIP=inputs.D is not None, num_warps=1, **options,
         )  # fmt: skip
+        dA = _channels(drate_parts.sum((0, 1)).transpose(2, 3), ratio)
+
+        def weight(parts: Tensor | None, of: Tensor | None) -> Tensor | None:
+            if parts is None or of is None:
+                return None
+            total = _channels(parts.sum((0, 1)), ratio)
+            return total if float32_weights else total.to(of.dtype)
+
         return SelectiveScanGradients(
             x=dx,
             dt=ddt,
-            A=_channels(drate_parts.sum((0, 1)).transpose(2, 3), ratio).to(inputs.A.dtype),
+            A=dA if float32_weights else dA.to(inputs.A.dtype),
             B=dB_parts.sum(0).to(inputs.B.dtype),
             C=dC_parts.sum(0).to(inputs.C.dtype),
-            D=_total(dskip_parts, inputs.D, ratio),
+            D=weight(dskip_parts, inputs.D),
             z=dz,
-            dt_bias=_total(dbias_parts, inputs.dt_bias, ratio),
+            dt_bias=weight(dbias_parts, inputs.dt_bias),
             initial_state=dinitial,
         )
 
@@ -218,17 +232,18 @@ def selective_scan(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     prev_seq_idx: Tensor | None = None,
+    config: SelectiveScanConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`, differentiable once, with these limits on its arguments.
 
     `x` is float32, float16 or bfloat16 and on a CUDA device, and d_state a power of two up to 256. All arithmetic is
-    float32. There is no `chunk_size`: the kernels have one of their own.
+    float32. There is no `chunk_size`: the kernels have one of their own, in `config` (None: the shipped one).
 
     Raises:
         ValueError, TypeError: as `reference.selective_scan`, or for what lies outside these limits.
     """
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    options = (seq_idx, prev_seq_idx, dt_softplus)
+    options = (seq_idx, prev_seq_idx, dt_softplus, config)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _SelectiveScan.apply(options, *tensors)
     return forward(SelectiveScanInputs(*tensors, *options))
@@ -312,10 +327,6 @@ def _strided(x: Tensor | None) -> Tensor | None:
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if x is None else x.stride()[:2]
-
-
-def _total(parts: Tensor | None, like: Tensor | None, ratio: int) -> Tensor | None:
-    return None if parts is None or like is None else _channels(parts.sum((0, 1)), ratio).to(like.dtype)
 
 
 def _check(inputs: SelectiveScanInputs) -> None:

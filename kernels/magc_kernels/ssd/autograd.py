@@ -261,8 +261,9 @@ def ssd(
     seq_idx: Tensor | None = None,
     prev_seq_idx: Tensor | None = None,
     chunk_size: int | None = None,
+    config: SSDConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.ssd`, differentiable once, with these limits on its arguments.
+    """As `reference.ssd`, differentiable once, with these limits on its arguments. `config` is as in `SSDInputs`.
 
     `x`, `B` and `C` are of one type, float32, float16 or bfloat16, and on a CUDA device; headdim is 16, 32, 64
     or 128 and d_state 16, 32, 64, 128 or 256. `chunk_size` is rounded down to a power of two.
@@ -274,7 +275,7 @@ def ssd(
         ValueError, TypeError: as `reference.ssd`, or for what lies outside these limits.
     """
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    options = (seq_idx, prev_seq_idx, dt_softplus, dt_limit, chunk_size)
+    options = (seq_idx, prev_seq_idx, dt_softplus, dt_limit, chunk_size, config)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _SSD.apply(options, *tensors)
     return forward(_inputs(tensors, options))
@@ -306,11 +307,7 @@ class _SSD(torch.autograd.Function):
 
 
 def _inputs(tensors: Any, options: Any) -> SSDInputs:
-    x, dt, A, B, C, D, z, dt_bias, initial_state = tensors
-    seq_idx, prev_seq_idx, dt_softplus, dt_limit, chunk_size = options
-    return SSDInputs(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, prev_seq_idx, dt_softplus, dt_limit, chunk_size
-    )
+    return SSDInputs(*tensors, *options)
 
 
 def _run(inputs: SSDInputs, *, output: bool, keep: bool) -> tuple[Tensor | None, Tensor, SSDSaved]:
