@@ -29,6 +29,17 @@ class GradSink(Protocol):
         ...
 
 
+class LentSums(GradSink, Protocol):
+    """Sums that outlive one backward."""
+
+    sums: dict[int, Tensor]
+    """Those that exist, by parameter."""
+
+    def start_backward(self) -> None:
+        """Set them to zero."""
+        ...
+
+
 class GradAccumulator:
     """Sums of the gradients of a stack's parameters.
 
@@ -36,9 +47,18 @@ class GradAccumulator:
         params: the parameters.
         dtype: the accumulation dtype; a parameter of higher precision accumulates in its own.
         single: whether every parameter gets exactly one gradient, which is then kept in its own dtype.
+        lent: sums that belong to somebody else and stay where they are (CUDA graphs hold their addresses); these are
+            zeroed first, and what is delivered is a copy.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], dtype: torch.dtype, single: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        dtype: torch.dtype,
+        single: Sequence[bool],
+        lent: LentSums | None = None,
+    ) -> None:
+        self._lent = lent
         self._dtypes = [
             param.dtype if alone else torch.promote_types(param.dtype, dtype)
             for param, alone in zip(params, single, strict=True)
@@ -48,8 +68,16 @@ class GradAccumulator:
         self._delivered = [param.dtype for param in params]
         self._sums: list[Tensor | None] = [None] * len(params)
 
+    def start(self) -> None:
+        """Call before the first gradient."""
+        if self._lent is not None:
+            self._lent.start_backward()
+
     def add(self, index: int, grad: Tensor) -> None:
         """Add a gradient."""
+        if self._lent is not None:
+            self._lent.add(index, grad)
+            return
         total = self._sums[index]
         if total is None:
             # A copy, unless nothing is ever added: autograd may hand two parameters views of one gradient.
@@ -59,6 +87,8 @@ class GradAccumulator:
 
     def total(self, index: int) -> Tensor | None:
         """The sum, made when it is first asked for; None for a parameter with one gradient."""
+        if self._lent is not None:
+            return self._lent.total(index)
         if self._single[index]:
             return None
         total = self._sums[index]
@@ -71,6 +101,10 @@ class GradAccumulator:
         """The sums in the parameters' dtypes, None for parameters without a gradient; the accumulator is empty then."""
         delivered: list[Tensor | None] = []
         for index, dtype in enumerate(self._delivered):
+            if self._lent is not None:
+                total = self._lent.sums.get(index)
+                delivered.append(None if total is None else total.to(dtype, copy=True))
+                continue
             total, self._sums[index] = self._sums[index], None
             delivered.append(None if total is None else total.to(dtype))
         return delivered

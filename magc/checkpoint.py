@@ -14,6 +14,7 @@ from magc.function import apply_grid
 from magc.pinned import PinnedPool
 from magc.plan import Plan, PlanOrRule
 from magc.request import Observer, Request, make_request, make_schedule, shape_key
+from magc.runners.graph import GraphCache
 from magc.stack import StackMemory, build_stack
 from magc.tree import Flat, PyTree
 from magc.units import parse_bytes
@@ -43,10 +44,15 @@ class GridCheckpoint(nn.Module):
         accumulate: dtype in which parameter gradients are summed over cells.
         check_finite: refuse inputs with NaN or infinity before work starts; costs a pass over them and, on a GPU, a
             wait.
+        runner: ``"eager"``, or ``"cuda-graph"``: cells of one kind are captured once and replayed for every segment,
+            which spares the host thousands of launches. Layers must then do the same work whatever the values are
+            (no ``.item()``, no Python random numbers); one that cannot be captured runs eagerly and `plan_for` says why.
+            Graphs, their memory and the gradient sums they add to stay until `release_graphs`, or until layers, shapes
+            or modes change.
 
     Raises:
         PlanError: neither plan nor budget given, or both.
-        InputError: ``accumulate`` is no floating-point dtype.
+        InputError: ``accumulate`` is no floating-point dtype, or there is no such runner.
         LayerContractError: a layer is not a module, or there is none.
     """
 
@@ -61,6 +67,7 @@ class GridCheckpoint(nn.Module):
         seq_dim: int = 1,
         accumulate: torch.dtype = torch.float32,
         check_finite: bool = False,
+        runner: Literal["eager", "cuda-graph"] = "eager",
     ) -> None:
         super().__init__()
         if (plan is None) == (budget is None):
@@ -71,6 +78,9 @@ class GridCheckpoint(nn.Module):
         if plan is not None:
             _require_plan_or_rule(plan)
         _require_accumulate(accumulate)
+        if runner not in ("eager", "cuda-graph"):
+            raise InputError(f"runner={runner!r}: give 'eager' or 'cuda-graph'")
+        self.runner = runner
         self.layers = layers if isinstance(layers, nn.ModuleList) else _module_list(layers)
         self.plan = plan
         self.budget = None if budget is None else parse_bytes(budget)
@@ -82,14 +92,21 @@ class GridCheckpoint(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        """Start without what calls learn or make: facts about the layers, plans, pinned memory."""
+        """Start without what calls learn or make: facts about the layers, plans, pinned memory, graphs."""
         self._memories: dict[tuple[bool, ...], StackMemory] = {}
         self._plans: dict[object, Plan] = {}
         self._pools: dict[torch.device, PinnedPool] = {}
+        self._graphs: dict[torch.device, GraphCache] = {}
+
+    def release_graphs(self) -> None:
+        """Let go of captured cells, their memory and the gradient sums that they add to."""
+        for graphs in self._graphs.values():
+            graphs.clear()
+        self._graphs.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start afresh."""
-        return {**self.__dict__, "_memories": {}, "_plans": {}, "_pools": {}}
+        return {**self.__dict__, "_memories": {}, "_plans": {}, "_pools": {}, "_graphs": {}}
 
     def forward(
         self, x: PyTree, state: Sequence[PyTree] | None = None, **side: PyTree
@@ -170,8 +187,17 @@ class GridCheckpoint(nn.Module):
         return total / count if reduction == "mean" else total, tuple(final.tree() for final in states)
 
     def plan_for(self, x: PyTree, **side: PyTree) -> Plan:
-        """The plan that `forward` uses for such an input; measures and plans if it is the first of its shape."""
-        return self._plan_of(self._request(x, None, side))
+        """The plan that `forward` uses for such an input; measures and plans if it is the first of its shape.
+
+        Its `explain` also names layers that were found not to be capturable, if cells run as CUDA graphs.
+        """
+        request = self._request(x, None, side)
+        plan = self._plan_of(request)
+        if request.graphs is None or plan.forecast is None:
+            return plan
+        from magc.planning import with_notes
+
+        return with_notes(plan, request.graphs.notes())
 
     # ------------------------------------------------------------------ one call
     def _run(
@@ -211,10 +237,18 @@ class GridCheckpoint(nn.Module):
             check_finite=self.check_finite,
         )
         if request.device.type != "cuda":
+            if self.runner == "cuda-graph":
+                raise InputError(
+                    f"runner='cuda-graph' needs the layers on a CUDA device, but they are on {request.device}; move them "
+                    f"there, or give runner='eager'"
+                )
             return request
         # Pinning takes 0.4 s per GiB: one pool serves all calls, and grows to what the largest needs.
         pool = self._pools.setdefault(request.device, PinnedPool(request.device))
-        return replace(request, pool=pool)
+        graphs = None
+        if self.runner == "cuda-graph":
+            graphs = self._graphs.setdefault(request.device, GraphCache(request.device))
+        return replace(request, pool=pool, graphs=graphs)
 
     def _plan_of(self, request: Request) -> Plan:
         """The given plan, or the planner's: measured once per input shape, parameter set and mode."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from magc.ambient import Ambient, RngState, RngTape, recomputing
 from magc.collect import GradInput, LossOutput, OutputCollector, TokenOutput
 from magc.errors import LayerContractError, RecomputeError
 from magc.request import Request
-from magc.runners.eager import CellInputs, CellNeeds, CellOutputs, EagerRunner, Tape, differentiable_mask
+from magc.runners.cell import CellInputs, CellNeeds, CellOutputs, Recorded, Runner, differentiable_mask
+from magc.runners.eager import EagerRunner
+from magc.runners.graph import GraphRunner
 from magc.schedule import Action, Backward, Drop, Forget, Kind, Load, Record, Run, Save, Schedule
 from magc.store import CheckpointStore
 from magc.tree import Flat, compact, describe, version
@@ -48,7 +51,10 @@ class Execution:
         self._schedule = schedule
         self._grid = schedule.grid
         self._ambient = Ambient.capture(request.device)
-        self._runner = EagerRunner(request.stack, self._ambient)
+        self._runner: Runner[Any] = EagerRunner(request.stack, self._ambient)
+        if request.graphs is not None:
+            request.graphs.prepare(request.stack, self._ambient, request.accumulate)
+            self._runner = GraphRunner(request.graphs, self._runner)
         self._bounds = list(self._grid.layers.all_bounds())
         self._groups = [request.stack.group(start, stop) for start, stop in self._bounds]
         self._modes = request.stack.modes()
@@ -57,13 +63,15 @@ class Execution:
         self._rng_start = RngState.capture(request.device)
         self._store = CheckpointStore(request.device, request.disk_dir, pool=request.pool)
         self._initial = tuple(None if state is None else state.map(Tensor.detach) for state in request.states)
-        self._accumulator = GradAccumulator(request.stack.params, request.accumulate, self._single_use())
+        self._accumulator = GradAccumulator(
+            request.stack.params, request.accumulate, self._single_use(), request.graphs
+        )
         self._proxies: list[nn.Parameter] | None = None
         self._borders: dict[tuple[int, int], Flat] = {}
         self._states: dict[tuple[int, int], tuple[Flat | None, ...]] = {}
         self._specs: dict[int, Flat] = {}
         self._state_specs: dict[int, tuple[Flat | None, ...]] = {}
-        self._tapes: dict[tuple[int, int], Tape] = {}
+        self._tapes: dict[tuple[int, int], Recorded] = {}
         self._grad_y: Sequence[Tensor | None] = ()
         self._grad_border: dict[int, tuple[Tensor | None, ...]] = {}
         self._grad_states: dict[int, tuple[tuple[Tensor | None, ...], ...]] = {}
@@ -151,6 +159,7 @@ class Execution:
         self.spent = True
         self._first_pass = False
         self._grad_y = grad_y
+        self._accumulator.start()
         self._grad_x = GradInput(grid, request.stack.seq_dim, request.inputs, request.needs_x)
         for group, (start, stop) in enumerate(self._bounds):
             self._grad_states[group] = tuple(grad_states[start:stop])

@@ -125,7 +125,10 @@ def stack_notes(request: Request) -> tuple[str, ...]:
     used = Counter(name for stage in request.stack.layers for name in set(_implementations(stage, request.device)))
     layers = len(request.stack.layers)
     shown = ", ".join(f"{name} in {count} of {layers} layers" for name, count in used.items())
-    return ("cells run eagerly", *([f"implementation of magc.nn's operators: {shown}"] if used else []))
+    how = (
+        "cells run eagerly" if request.graphs is None else "cells are replayed as CUDA graphs, times are of eager ones"
+    )
+    return (how, *([f"implementation of magc.nn's operators: {shown}"] if used else []))
 
 
 def _implementations(stage: Stage, device: torch.device) -> Iterator[str]:

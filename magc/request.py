@@ -11,6 +11,7 @@ import torch
 from magc.errors import InputError, StateError
 from magc.pinned import PinnedPool
 from magc.plan import Plan
+from magc.runners.graph import GraphCache
 from magc.schedule import Action, Schedule
 from magc.source import SegmentSource, is_segmented
 from magc.stack import Stack
@@ -37,6 +38,7 @@ class Request:
         disk_dir: where the disk store makes its directory; None for the system's temporary folder.
         observer: sees every action.
         pool: pinned memory to reuse; None lets each call pin its own.
+        graphs: captured cells to replay and add to; None runs every cell eagerly.
         grad: whether grad mode was on in the call.
     """
 
@@ -52,6 +54,7 @@ class Request:
     disk_dir: str | None = None
     observer: Observer | None = None
     pool: PinnedPool | None = None
+    graphs: GraphCache | None = None
     grad: bool = True
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -13,41 +13,9 @@ from torch import Tensor, nn
 from magc.ambient import Ambient, output_unneeded
 from magc.contract import call_layer
 from magc.errors import InputError, LayerContractError
+from magc.runners.cell import CellGrads, CellInputs, CellNeeds, CellOutputs
 from magc.stack import Stack, Stage, StageKind, swapped
-from magc.tree import Flat, PyTree, compact, describe, duplicate, flatten, is_differentiable, version
-
-
-@dataclass(frozen=True, slots=True)
-class CellInputs:
-    """What a cell runs on.
-
-    Attributes:
-        x: its border, or the stack's input for the first group.
-        states: the state of each of its layers, None at the start of the sequence.
-        side: per-token side inputs of the segment.
-        targets: the head's targets of the segment; None where the cell has no head or its loss is not wanted.
-    """
-
-    x: Flat
-    states: tuple[Flat | None, ...]
-    side: Mapping[str, PyTree]
-    targets: PyTree = None
-
-
-@dataclass(frozen=True, slots=True)
-class CellOutputs:
-    """What a cell makes: the next border (or the summed loss and count, under a head) and its layers' new states."""
-
-    y: Flat
-    states: tuple[Flat, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CellNeeds:
-    """Which inputs of a cell need gradients, leaf by leaf."""
-
-    x: tuple[bool, ...]
-    states: tuple[tuple[bool, ...], ...]
+from magc.tree import Flat, PyTree, compact, describe, duplicate, flatten, version
 
 
 @dataclass(slots=True)
@@ -57,14 +25,6 @@ class Tape:
     x: tuple[Tensor | None, ...]
     states: tuple[tuple[Tensor | None, ...], ...]
     outputs: CellOutputs
-
-
-@dataclass(frozen=True, slots=True)
-class CellGrads:
-    """Gradients of a cell's border and of each of its states; None where there is none."""
-
-    x: tuple[Tensor | None, ...]
-    states: tuple[tuple[Tensor | None, ...], ...]
 
 
 class EagerRunner:
@@ -332,8 +292,3 @@ def _refuse_unknown_leaves(stages: Sequence[Stage], outputs: CellOutputs, known:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 pending.append(parent)
-
-
-def differentiable_mask(flat: Flat) -> tuple[bool, ...]:
-    """For each leaf, whether a gradient of it makes sense."""
-    return tuple(is_differentiable(leaf) for leaf in flat.leaves)

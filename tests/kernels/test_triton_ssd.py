@@ -403,8 +403,10 @@ def test_error_on_the_gpu_is_near_that_of_rounding_inputs_and_outputs(
     for name, e in expected.items():
         error, bound = relative_l2(actual[name], e), relative_l2(plain[name], e)
         # The reference rounds inputs and outputs only; operands of the kernels' matrix products are rounded once
-        # more. The parameters' gradients are a few numbers each, whose errors are luck.
-        factor = 1.1 if "state" in name else 2.5 if name in ("dA", "dD", "ddt_bias") else 1.2
+        # more, and so is the gradient that comes through a gate. The parameters' gradients are a few numbers each,
+        # whose errors are luck.
+        state = 1.25 if "gate" in sizes else 1.1
+        factor = state if "state" in name else 2.5 if name in ("dA", "dD", "ddt_bias") else 1.2
         assert error <= factor * bound + (1e-5 if dtype == torch.float32 else 0.0), (name, error, bound)
     assert all(torch.equal(a, again[n]) for n, a in actual.items())
 
