@@ -14,12 +14,14 @@ from torch.nn import functional
 from magc.errors import InputError, StateError
 from magc.nn.block import Mamba2Block, Stream
 from magc.nn.config import Mamba2Config
+from magc.nn.fused import is_plain
 from magc.nn.generation import generate
 from magc.nn.linear import Linear
 from magc.nn.mamba2_values import Mamba2State
 from magc.nn.norm import AddRMSNorm
 from magc.nn.operators import Impl
 from magc.nn.pretrained import load_config, load_weights, save_model
+from magc_kernels.cross_entropy.autograd import linear_cross_entropy
 from magc_kernels.mamba2.values import Keep
 
 LMState = tuple[Mamba2State, ...]
@@ -41,12 +43,10 @@ class LMHead(nn.Module):
 
     def logits(self, x: Stream) -> Tensor:
         """Logits `(batch, length, padded vocabulary)` of what the last block returns."""
-        hidden, residual = (x, None) if isinstance(x, Tensor) else x
-        hidden, _ = self.norm(hidden, residual)
-        return self.projection(hidden)
+        return self.projection(self._normed(x))
 
     def forward(self, x: Stream, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy of a segment.
+        """Summed cross entropy of a segment, without logits in float32 (`magc_kernels.cross_entropy`).
 
         Args:
             x: what the last block returns.
@@ -56,10 +56,17 @@ class LMHead(nn.Module):
             The sum in float32 (float64 for float64 logits) and the number of targets counted, int64; both
             scalars.
         """
-        logits = self.logits(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return total, (targets != -100).sum()
+        if not is_plain(self.projection):
+            logits = self.logits(x)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            return total, (targets != -100).sum()
+        projection = self.projection
+        return linear_cross_entropy(self._normed(x), projection.weight, targets, projection.bias)
+
+    def _normed(self, x: Stream) -> Tensor:
+        hidden, residual = (x, None) if isinstance(x, Tensor) else x
+        return self.norm(hidden, residual)[0]
 
 
 class _Backbone(nn.Module):
