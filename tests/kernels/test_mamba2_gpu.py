@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.triton_device import DEVICE, triton_test  # isort: skip  (before Triton)
+
 from magc_kernels.mamba2 import autograd as fused
 from magc_kernels.mamba2 import reference
 from magc_kernels.mamba2.values import Mamba2Inputs, Mamba2Outputs, Mamba2Sizes, Mamba2Weights
 from tests.kernels.compare import randn
-from tests.kernels.triton_device import DEVICE, triton_test
 
 pytestmark = pytest.mark.gpu
 

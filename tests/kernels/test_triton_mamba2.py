@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.triton_device import DEVICE, ON_GPU, triton_test  # isort: skip  (before Triton)
+
 from magc_kernels.mamba2 import autograd as fused
 from magc_kernels.mamba2 import reference
 from magc_kernels.mamba2.values import Keep, Mamba2Inputs, Mamba2Outputs, Mamba2Sizes, Mamba2Weights
 from tests.kernels.compare import assert_close, packed_ids, randn
-from tests.kernels.triton_device import DEVICE, ON_GPU, triton_test
 
 TOLERANCE = 2e-4 if ON_GPU else 2e-5
 
