@@ -16,6 +16,7 @@ from magc.nn import segments
 from magc.nn.linear import Linear
 from magc.nn.mamba2_values import Mamba2State
 from magc.nn.norm import AddRMSNorm, GatedRMSNorm
+from magc.nn.operators import operators
 from magc_kernels._precision import autocast_type
 from magc_kernels.mamba2.values import Mamba2Inputs, Mamba2Sizes, Mamba2Weights
 
@@ -65,8 +66,9 @@ def run(
         The output, the residual that comes out of the norm in front, and the new state.
 
     Raises:
-        InputError, StateError: as `Mamba2.forward`.
+        InputError, StateError: as `Mamba2.forward`. MissingExtraError: without the package `triton`.
     """
+    operators("triton", hidden.device)  # says what to install if Triton is missing
     from magc_kernels.mamba2.autograd import mamba2
 
     segments.check_segment("Mamba2", hidden, layer.d_model, seq_idx)
