@@ -203,7 +203,9 @@ def _implementations() -> Iterator[Finding]:
         inside = {part.name for part in pkgutil.iter_modules(module.__path__)}
         yield Finding("operators", f"{package.name} 'reference'", "ok", "plain PyTorch, runs natively on every device")
         if "kernel" not in inside:
-            yield Finding("operators", f"{package.name} kernel", "absent", "needs none: PyTorch's or the others' serve it")
+            yield Finding(
+                "operators", f"{package.name} kernel", "absent", "needs none: PyTorch's or the others' serve it"
+            )
         elif lacking:
             yield Finding("operators", f"{package.name} kernel", "absent", f"does not run here: {lacking}")
         else:
