@@ -4,6 +4,7 @@ from magc.ambient import is_output_needed, is_recomputing
 from magc.check import CheckReport, check
 from magc.checkpoint import GridCheckpoint, grid_checkpoint
 from magc.contract import stateless
+from magc.integrations.wrap import unwrap, wrap, wrapped
 from magc.meter import MemoryMeter
 from magc.plan import Plan
 from magc.planning import forecast, plan
@@ -24,4 +25,7 @@ __all__ = [
     "is_recomputing",
     "plan",
     "stateless",
+    "unwrap",
+    "wrap",
+    "wrapped",
 ]

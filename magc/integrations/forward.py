@@ -1,0 +1,212 @@
+"""What `magc.wrap` sets on a model: forwards that run on a grid, and the record of it.
+
+For those who teach `wrap` a class of their own: an adapter gets a model and `Settings` and returns `Adapted`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from magc.checkpoint import GridCheckpoint
+from magc.errors import LayerContractError
+from magc.nn.fused import hooked
+from magc.nn.operators import Impl
+from magc.plan import Plan, PlanOrRule
+from magc.planning import with_notes
+from magc.report import paragraph
+from magc.request import Request
+from magc.units import format_bytes
+
+Runner = Literal["eager", "cuda-graph"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a model is to run; the arguments of `wrap`."""
+
+    plan: PlanOrRule | None = None
+    budget: int | str | None = None
+    host_budget: int | str | None = None
+    disk_dir: str | None = None
+    accumulate: torch.dtype = torch.float32
+    runner: Runner = "eager"
+    logits: bool = False
+    impl: Impl = "auto"
+
+    def grid(self, layers: Iterable[nn.Module], *, seq_dim: int = 1) -> ModelGrid:
+        """A grid of layers with these settings."""
+        return ModelGrid(
+            layers,
+            self.plan,
+            budget=self.budget,
+            host_budget=self.host_budget,
+            disk_dir=self.disk_dir,
+            seq_dim=seq_dim,
+            accumulate=self.accumulate,
+            runner=self.runner,
+        )
+
+
+class ModelGrid(GridCheckpoint):
+    """A `GridCheckpoint` that remembers the plan of its latest call."""
+
+    latest: Plan | None = None
+
+    def _plan_of(self, request: Request) -> Plan:
+        self.latest = super()._plan_of(request)
+        return self.latest
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As `GridCheckpoint`: copies and pickles start afresh."""
+        return {**super().__getstate__(), "latest": None}
+
+
+class GridForward:
+    """Stands in for the ``forward`` of one module; subclasses say when and how it runs on the grid.
+
+    Args:
+        module: the module whose forward this becomes.
+        bypassed: modules whose own forward the grid does not call, by name: hooks on them would not run.
+
+    Attributes:
+        wrapping: what `wrap` did, once it is done.
+    """
+
+    # An object rather than a bound method: a copy or a pickle of the module copies it, with the grid it runs on.
+
+    def __init__(self, module: nn.Module, bypassed: dict[str, nn.Module]) -> None:
+        self.module = module
+        self.bypassed = bypassed
+        self.wrapping: Wrapped | None = None
+        self.__func__ = Unbound(self)
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        return MethodType(type(self.module).forward, self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward."""
+        return inspect.signature(self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the grid what trains, and everything else as before."""
+        if torch.is_grad_enabled():
+            call = self.bind(args, kwargs)
+            if self.takes(call):
+                self._refuse_hooks()
+                return self.run(call)
+        return self.own(*args, **kwargs)
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name, without those that are None; ``**kwargs`` of the signature among the others.
+
+        Raises:
+            TypeError: as the module's own forward, for arguments that it does not take.
+        """
+        bound = self.__signature__.bind(*args, **kwargs)
+        named: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            many = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            named.update(value if many else {name: value})
+        return {name: value for name, value in named.items() if value is not None}
+
+    def takes(self, call: dict[str, Any]) -> bool:
+        """Whether this call runs on the grid; raises for one that should but cannot."""
+        raise NotImplementedError
+
+    def run(self, call: dict[str, Any]) -> Any:
+        """The output of a call on the grid, of the type that the module's own forward returns."""
+        raise NotImplementedError
+
+    def hooked(self, module: nn.Module) -> bool:
+        """Whether a bypassed module has hooks that would not run."""
+        return hooked(module)
+
+    def _refuse_hooks(self) -> None:
+        for name, module in self.bypassed.items():
+            if self.hooked(module):
+                raise LayerContractError(
+                    f"{name} ({type(module).__name__}) has hooks, which would not run in the grid: it computes with the "
+                    f"module's parameters. Remove them, or register them on a projection inside (in_proj, out_proj), "
+                    f"which is called as a module"
+                )
+
+
+class Unbound:
+    """A `GridForward` as the function behind a bound method.
+
+    accelerate takes forwards for bound methods: it wraps their ``__func__``, and undoes that by binding it anew.
+    """
+
+    def __init__(self, bound: GridForward) -> None:
+        self.bound = bound
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward, the module itself included."""
+        return inspect.signature(type(self.bound.module).forward)
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The module's call; a copy whose forward was bound before it was made runs its own code."""
+        if module is self.bound.module:
+            return self.bound(*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """What `wrap` did to a model.
+
+    Attributes:
+        model: the model.
+        grid: the grid that runs its layers.
+        notes: what runs where, in sentences.
+        forwards: the forwards that were replaced, of the model and of modules in it.
+    """
+
+    model: nn.Module
+    grid: ModelGrid
+    notes: tuple[str, ...]
+    forwards: tuple[GridForward, ...]
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the latest training forward, with a forecast if the planner made it; None before the first."""
+        latest = self.grid.latest
+        return None if latest is None else with_notes(latest, self.notes)
+
+    def explain(self) -> str:
+        """What runs on the grid, on whose mathematics, and by which plan."""
+        layers = len(self.grid.layers)
+        lines = [paragraph("model", [f"{type(self.model).__name__}, {layers} layers in a grid"])]
+        plan = self.plan
+        if plan is not None and plan.forecast is not None:
+            return "\n".join([*lines, plan.explain()])  # the notes are among the forecast's
+        if plan is not None:
+            text = f"{plan} (written by hand)"
+        elif self.grid.budget is not None:
+            text = f"made at the first training forward, for a budget of {format_bytes(self.grid.budget)}"
+        else:
+            text = str(self.grid.plan)
+        return "\n".join([*lines, paragraph("plan", [text]), paragraph("notes", list(self.notes))])
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """What an adapter makes of a model: its grid, the forwards to set, and notes for the report."""
+
+    grid: ModelGrid
+    forwards: tuple[GridForward, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+Adapter = Callable[[Any, Settings], Adapted]

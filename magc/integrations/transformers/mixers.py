@@ -1,0 +1,193 @@
+"""The mathematics of transformers' state-space mixers on magc's operators, with a state in and out.
+
+Functions over the modules' own parameters. transformers' mixers themselves write their state into a cache object, or
+drop it, so no gradient flows through it; the numbers are the same. Projections are called as modules, so LoRA and
+quantisation of them stay in effect.
+
+Shape letters: B batch, L length, D hidden size, E channels of the mixer, H heads, N state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from magc.errors import LayerContractError
+from magc.integrations.transformers import fused
+from magc.nn.fused import hooked
+from magc.nn.mamba import TRITON_D_STATES as SELECTIVE_D_STATES
+from magc.nn.mamba import MambaState
+from magc.nn.mamba2 import TRITON_D_STATES as SSD_D_STATES
+from magc.nn.mamba2 import TRITON_HEADDIMS
+from magc.nn.mamba2_values import Mamba2State
+from magc.nn.norm import MAX_GROUP_SIZE
+from magc.nn.operators import Impl, Operators, operators
+from magc_kernels.linear.autograd import linear
+
+Norm = Callable[[Tensor], Tensor]
+CONV_WIDTHS = (2, 3, 4)
+
+
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``; a plain linear layer adds its weight's gradient to the grid's sum inside the product."""
+    if type(module) is nn.Linear and not hooked(module):
+        return linear(x, module.weight, module.bias)
+    return cast(Tensor, module(x))
+
+
+def masked(x_BLE: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """``x`` with zeros at padded tokens."""
+    return x_BLE if mask_BL is None else (x_BLE * mask_BL[:, :, None]).to(x_BLE.dtype)
+
+
+def rms_norm(norm: Any, x_BLD: Tensor, impl: Impl) -> Tensor:
+    """One of transformers' RMSNorms, by its weight and ``variance_epsilon``."""
+    width = norm.weight.shape[0]
+    obstacle = "" if width <= MAX_GROUP_SIZE else f"{width} features are too many for the Triton norms"
+    run = operators(impl, x_BLD.device, x_BLD.dtype, obstacle)
+    return run.gated_rms_norm(x_BLD, None, norm.weight, eps=norm.variance_epsilon)
+
+
+def selective_mixer(
+    mixer: Any,
+    x_BLD: Tensor,
+    state: MambaState | None,
+    mask_BL: Tensor | None,
+    impl: Impl,
+    norms: Sequence[Norm] = (),
+) -> tuple[Tensor, MambaState]:
+    """A Mamba-1 mixer.
+
+    Args:
+        mixer: the module (`MambaMixer` and its like).
+        x_BLD: `(batch, length, hidden)`.
+        state: of the token before; None at the start.
+        mask_BL: 1 for tokens, 0 for padding, `(batch, length)`; None without padding.
+        impl: see `magc.nn.operators.Impl`.
+        norms: applied to the step's low-rank input, B and C (Falcon Mamba), none otherwise.
+
+    Returns:
+        The output, shaped as ``x_BLD``, and the state after the segment.
+    """
+    x_BLE, z_BLE = project(mixer.in_proj, masked(x_BLD, mask_BL)).chunk(2, dim=-1)
+    N = mixer.ssm_state_size
+    run = operators(impl, x_BLE.device, x_BLE.dtype, selective_obstacle(mixer))
+    x_BLE, conv_state = _convolve(run, mixer, x_BLE, None if state is None else state.conv)
+    x_BLE = masked(x_BLE, mask_BL)
+    parts = torch.split(project(mixer.x_proj, x_BLE), [mixer.time_step_rank, N, N], dim=-1)
+    if norms:
+        parts = [norm(part) for norm, part in zip(norms, parts, strict=True)]
+    low_rank, B_BLN, C_BLN = parts
+    y_BLE, ssm_state = run.selective_scan(
+        x_BLE,
+        linear(low_rank, mixer.dt_proj.weight),
+        rates(mixer),
+        B_BLN.unsqueeze(2),
+        C_BLN.unsqueeze(2),
+        D=mixer.D,
+        z=z_BLE,
+        dt_bias=mixer.dt_proj.bias,
+        dt_softplus=True,
+        initial_state=None if state is None else state.ssm,
+    )
+    return project(mixer.out_proj, y_BLE), MambaState(conv_state, ssm_state)
+
+
+def ssd_mixer(
+    mixer: Any,
+    x_BLD: Tensor,
+    state: Mamba2State | None,
+    mask_BL: Tensor | None,
+    impl: Impl,
+    *,
+    output_needed: bool = True,
+) -> tuple[Tensor, Mamba2State]:
+    """A Mamba-2 mixer with a gated norm; arguments and results as of `selective_mixer`.
+
+    Without padding, and where nothing hangs on the modules inside, Triton runs it as one operator; that leaves out what
+    only the output needs if this is not ``output_needed``.
+    """
+    obstacle = ssd_obstacle(mixer)
+    if mask_BL is None and fused.runs_fused(mixer, x_BLD, impl, obstacle):
+        return fused.run(mixer, x_BLD, state, output_needed=output_needed)
+    H, P, G, N = mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
+    projected = project(mixer.in_proj, masked(x_BLD, mask_BL))
+    z_BLE, xBC_BLE, dt_BLH = torch.split(projected, [H * P, mixer.conv_dim, H], dim=-1)
+    run = operators(impl, projected.device, projected.dtype, obstacle)
+    xBC_BLE, conv_state = _convolve(run, mixer, xBC_BLE, None if state is None else state.conv)
+    x, B, C = torch.split(masked(xBC_BLE, mask_BL), [H * P, G * N, G * N], dim=-1)
+    y_BLHP, ssm_state = run.ssd(
+        x.unflatten(-1, (H, P)),
+        dt_BLH,
+        rates(mixer),
+        B.unflatten(-1, (G, N)),
+        C.unflatten(-1, (G, N)),
+        D=mixer.D,
+        dt_bias=mixer.dt_bias,
+        dt_softplus=True,
+        dt_limit=tuple(mixer.time_step_limit),
+        initial_state=None if state is None else state.ssm,
+        chunk_size=min(mixer.chunk_size, run.max_chunk_size),
+    )
+    y_BLE = run.gated_rms_norm(
+        y_BLHP.flatten(-2),
+        z_BLE,
+        mixer.norm.weight,
+        eps=mixer.norm.variance_epsilon,
+        group_size=mixer.norm.group_size,
+    )
+    return project(mixer.out_proj, y_BLE), Mamba2State(conv_state, ssm_state)
+
+
+def rates(mixer: Any) -> Tensor:
+    """``-exp(A_log)`` in the precision of the scan: a half-precision exp could overflow."""
+    return -torch.exp(mixer.A_log.to(torch.promote_types(mixer.A_log.dtype, torch.float32)))
+
+
+def selective_obstacle(mixer: Any) -> str:
+    """Why the Triton kernels do not take a Mamba-1 mixer's sizes; empty if they do."""
+    return _obstacle("state_size", mixer.ssm_state_size, SELECTIVE_D_STATES)
+
+
+def ssd_obstacle(mixer: Any) -> str:
+    """Why the Triton kernels do not take a Mamba-2 mixer's sizes; empty if they do."""
+    if mixer.norm.group_size > MAX_GROUP_SIZE:
+        return f"{mixer.norm.group_size} features in a group are too many for the Triton norms"
+    if mixer.chunk_size < 16:
+        return "the Triton scan takes no chunk_size under 16"
+    head = _obstacle("head_dim", mixer.head_dim, TRITON_HEADDIMS)
+    return head or _obstacle("state_size", mixer.ssm_state_size, SSD_D_STATES)
+
+
+def require_conv(name: str, mixer: Any) -> None:
+    """Refuse a convolution that the operators cannot run.
+
+    Raises:
+        LayerContractError: naming the mixer and the widths there are.
+    """
+    width = mixer.conv1d.kernel_size[0]
+    if width not in CONV_WIDTHS:
+        raise LayerContractError(
+            f"{name} has a convolution of width {width}; magc's operators take {', '.join(map(str, CONV_WIDTHS))}. Use "
+            f"conv_kernel=4, or leave the model unwrapped"
+        )
+
+
+def _convolve(run: Operators, mixer: Any, x_BLE: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The causal convolution and the activation behind it."""
+    inside = mixer.activation in ("silu", "swish")
+    y_BLE, new_state = run.causal_conv1d(
+        x_BLE,
+        mixer.conv1d.weight.squeeze(1),
+        mixer.conv1d.bias,
+        activation="silu" if inside else None,
+        initial_state=state,
+    )
+    return y_BLE if inside else mixer.act(y_BLE), new_state
+
+
+def _obstacle(name: str, size: int, sizes: Sequence[int]) -> str:
+    return "" if size in sizes else f"the Triton scan takes no {name} {size}"
