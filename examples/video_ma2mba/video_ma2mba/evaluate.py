@@ -1,0 +1,126 @@
+"""Benchmarks from the command line: `python -m video_ma2mba.evaluate --help`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import auto_cli
+from tqdm import tqdm
+
+from video_ma2mba.data.chat import BpeTokenizer
+from video_ma2mba.errors import ConfigError, FormatError
+from video_ma2mba.evaluation.choices import LongVideoBench, MVBench, Prompts, VideoMME
+from video_ma2mba.evaluation.judges import DEFAULT_TEMPLATES, ExactJudge, Judge, OpenAIJudge, ReplayJudge
+from video_ma2mba.evaluation.open_ended import ActivityNetQA, VideoChatGPT
+from video_ma2mba.evaluation.questions import Benchmark
+from video_ma2mba.evaluation.report import markdown
+from video_ma2mba.evaluation.run import evaluate
+from video_ma2mba.model.answer import VideoAnswerer
+from video_ma2mba.model.folder import load_pretrained
+
+BenchmarkName = Literal["videomme", "longvideobench", "mvbench", "activitynetqa", "videochatgpt"]
+
+
+def make_benchmark(name: BenchmarkName, annotations: Path, videos: Path, prompts: Prompts | None = None) -> Benchmark:
+    """A benchmark in its local copy; prompts None are the benchmark's default."""
+    choice: dict[str, Prompts] = {} if prompts is None else {"prompts": prompts}
+    match name:
+        case "videomme":
+            return VideoMME(annotations, videos, **choice)
+        case "mvbench":
+            return MVBench(annotations, videos, **choice)
+        case _ if choice:
+            raise ConfigError(f"{name} has one set of prompts; leave prompts={prompts!r} out")
+        case "longvideobench":
+            return LongVideoBench(annotations, videos)
+        case "activitynetqa":
+            return ActivityNetQA(annotations, videos)
+        case "videochatgpt":
+            return VideoChatGPT(annotations, videos)
+
+
+def make_judge(name: str, *, url: str | None = None, templates: Path | None = None) -> Judge:
+    """A judge: "exact", "replay:FILE" or, with a url, the name of a model behind it."""
+    if name == "exact":
+        return ExactJudge()
+    if name.startswith("replay:"):
+        return ReplayJudge(name.removeprefix("replay:"))
+    if url is None:
+        raise ConfigError(f"judge={name!r}: give judge_url, or choose 'exact' or 'replay:FILE'")
+    prompts = DEFAULT_TEMPLATES
+    if templates is not None:
+        try:
+            prompts = {str(aspect): str(text) for aspect, text in json.loads(templates.read_text("utf-8")).items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise FormatError(f"{templates} must hold an object of prompts by aspect ({error})") from error
+    return OpenAIJudge(url, name, templates=prompts)
+
+
+def main(
+    benchmark: BenchmarkName,
+    annotations: Path,
+    videos: Path,
+    model: Path,
+    out: Path,
+    prompts: Prompts | None = None,
+    judge: str = "exact",
+    judge_url: str | None = None,
+    judge_templates: Path | None = None,
+    max_frames: int | None = None,
+    segment: int = 4096,
+    device: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    on_problem: Literal["stop", "skip"] = "stop",
+) -> None:
+    """Run a benchmark on a model; the same command goes on with a run that was stopped.
+
+    Args:
+        benchmark: which one.
+        annotations: its questions: a file, or a folder for mvbench, videochatgpt and activitynetqa's own JSON.
+        videos: the folder of its videos.
+        model: a folder that `save_pretrained` wrote, with its tokenizer.
+        out: a folder for responses, verdicts and results.
+        prompts: of videomme and mvbench.
+        judge: of open answers: exact, replay:FILE, or a model's name with judge_url.
+        judge_url: an OpenAI-compatible endpoint for chat completions.
+        judge_templates: JSON of prompts by aspect; None uses this package's own.
+        max_frames: most frames of a video.
+        segment: tokens read at once.
+        device: None is the GPU if there is one.
+        dtype: of the parameters.
+        on_problem: stop at a video that cannot be used, or skip its questions.
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_pretrained(model, device=place, dtype=getattr(torch, dtype))
+    answerer = VideoAnswerer(
+        loaded, BpeTokenizer.from_folder(model), name=model.resolve().name, segment=segment, max_frames=max_frames
+    )
+    with tqdm(unit=" questions", desc=benchmark) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = evaluate(
+            make_benchmark(benchmark, annotations, videos, prompts),
+            answerer,
+            make_judge(judge, url=judge_url, templates=judge_templates),
+            out,
+            on_problem=on_problem,
+            progress=progress,
+        )
+    text = markdown([result])
+    (out / "result.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """`main` with arguments of the command line, which may come from a YAML file (`--config`)."""
+    auto_cli(main, args=arguments, as_positional=False)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""Benchmarks from local copies in their published formats, by their published rules."""
