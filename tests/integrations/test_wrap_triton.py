@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.triton_device import DEVICE, triton_test  # isort: skip  (before Triton)
+
 import magc_kernels.mamba2.autograd as fused_operator
 from magc import Plan
 from magc.integrations.transformers.fused import runs_fused
@@ -23,7 +25,6 @@ from tests.integrations.models import (
     falcon_mamba,
     mamba2,
 )
-from tests.kernels.triton_device import DEVICE, triton_test
 
 PLAN = Plan(layers=1, tokens=(1, 5))
 SIZES: dict[str, Any] = {
