@@ -21,7 +21,7 @@ from magc.request import Request
 from magc.runners.cell import CellInputs, CellNeeds, CellOutputs, Recorded, Runner, differentiable_mask
 from magc.runners.eager import EagerRunner
 from magc.runners.graph import GraphRunner
-from magc.schedule import Action, Backward, Drop, Forget, Kind, Load, Record, Run, Save, Schedule
+from magc.schedule import Action, Backward, Drop, Fetch, Forget, Kind, Load, Record, Run, Save, Schedule
 from magc.store import CheckpointStore
 from magc.tree import Flat, compact, describe, version
 
@@ -203,6 +203,8 @@ class Execution:
                         self._backward(group, segment)
                     case Save(kind, group, segment, tier):
                         self._store.put((kind, group, segment), self._live(kind, group, segment), tier)
+                    case Fetch(kind, group, segment):
+                        self._store.fetch((kind, group, segment))
                     case Load(kind, group, segment):
                         self._make_live(kind, group, segment, self._store.get((kind, group, segment)))
                     case Drop(kind, group, segment):

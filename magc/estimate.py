@@ -16,7 +16,7 @@ from magc.cost import CellCost, CostModel
 from magc.grid import Grid, make_axis
 from magc.plan import REBUILD, Plan
 from magc.schedule import Action, Backward, Record, Schedule
-from magc.simulate import Breakdown, Ledger, Term
+from magc.simulate import Breakdown, Ledger, Term, copies_block
 from magc.tiers import Tier
 
 _RUN_COLUMNS = 3
@@ -200,17 +200,22 @@ def _time(schedule: Schedule, costs: CostModel, kept_columns: int, partial: int)
         nonlocal seconds, cells_forward, cells_backward, extra_runs
         cells = _cells(schedule, costs, tokens)
         keep = max(kept_from, lowest)
-        once = sum(cell.run_seconds for cell in cells[:keep])
-        once += sum(cell.record_seconds for cell in cells[keep:])
-        once += sum(cell.record_seconds for cell in cells[lowest:keep])
-        once += sum(cell.backward_seconds for cell in cells[lowest:])
+        forward = sum(cell.run_seconds for cell in cells[:keep]) + sum(cell.record_seconds for cell in cells[keep:])
+        backward = sum(cell.record_seconds for cell in cells[lowest:keep])
+        backward += sum(cell.backward_seconds for cell in cells[lowest:])
         if plan.borders == REBUILD and keep > lowest:
-            once += sum(cell.run_seconds for cell in cells[: keep - 1])
+            backward += sum(cell.run_seconds for cell in cells[: keep - 1])
             extra_runs += count * (keep - 1)
+        copies: dict[Tier, float] = {}
         if keep > lowest:
             for index, tier, nbytes in stored_per_column(schedule, cells):
-                if not _on_device(tier, costs) and (index == _BORDERS or snapshots is None):
-                    once += 2 * nbytes / bandwidth[tier] * (keep - lowest) / max(1, groups - lowest)
+                if not _on_device(tier, costs) and (index == _BORDERS or (snapshots is None and grid.segments > 1)):
+                    copy = nbytes / bandwidth[tier] * (keep - lowest) / max(1, groups - lowest)
+                    copies[tier] = copies.get(tier, 0.0) + copy
+        # They run beside the work; what is rebuilt takes its states twice, but for the last group.
+        forward += sum(copy for tier, copy in copies.items() if copies_block(tier, costs))
+        twice = 1 + (groups - 1) / groups if plan.borders == REBUILD else 1
+        once = max(forward, *copies.values(), 0.0) + max(backward, *(twice * copy for copy in copies.values()), 0.0)
         seconds += once * count
         cells_forward += count * (groups + max(0, keep - lowest))
         cells_backward += count * (groups - lowest)

@@ -42,6 +42,10 @@ class PinnedPool:
         self.device = indexed(device)
         if self.device.type != "cuda":
             raise InputError(f"host memory is pinned for CUDA devices only, not for {str(device)!r}.")
+        self.out = torch.cuda.Stream(self.device)
+        """For copies to the host."""
+        self.back = torch.cuda.Stream(self.device)
+        """For copies to the device."""
         self._lock = threading.Lock()
         self._slabs: list[_Slab] = []
         self._free: defaultdict[int, list[PinnedBlock]] = defaultdict(list)

@@ -6,14 +6,16 @@ missing ones are computed again on the way (binomial checkpointing, Griewank & W
 
 Values that actions speak of: ``border (g, t)`` is the input of group g for segment t (g = 0 is the stack's input, which
 is never stored); ``state (g, t)`` is the state of group g before segment t (t = 0 is the initial state, never stored).
-A value is *live* while an action still needs it at hand; a store keeps it longer.
+A value is *live* while an action still needs it at hand; a store keeps it longer. What lies away from the device is
+brought back one cell ahead of its use, so that the copy runs beside the work on that cell.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from magc import revolve
 from magc.grid import Grid
@@ -63,6 +65,15 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetch:
+    """Begin to bring the stored value back to the device; its Load comes one cell later."""
+
+    kind: Kind
+    group: int
+    segment: int
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """Make the stored value live; it stays in the store."""
 
@@ -89,7 +100,7 @@ class Forget:
     segment: int
 
 
-Action = Run | Record | Backward | Save | Load | Drop | Forget
+Action = Run | Record | Backward | Save | Fetch | Load | Drop | Forget
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +169,14 @@ class Schedule:
     # ------------------------------------------------------------------ backward
     def backward(self) -> Iterator[Action]:
         """The actions of the backward pass."""
+        away = {
+            kind
+            for kind, tier in ((Kind.STATE, self.plan.states), (Kind.BORDER, self.plan.borders))
+            if tier in (Tier.HOST, Tier.DISK)
+        }
+        return fetched_ahead(self._backward(), away) if away else self._backward()
+
+    def _backward(self) -> Iterator[Action]:
         groups, turning = self.grid.groups, self.turning
         for segment in range(self.grid.segments - 1, -1, -1):
             for group in range(groups - 1, self.lowest - 1, -1):
@@ -258,3 +277,48 @@ class Schedule:
         if rebuild and stored and drop:
             for group in range(min(self.lowest, top + 1)):
                 yield Drop(Kind.STATE, group, segment)
+
+
+def fetched_ahead(actions: Iterable[Action], away: set[Kind]) -> Iterator[Action]:
+    """The actions with a `Fetch` for each `Load` of what is kept away from the device, before the work of the cell before.
+
+    Args:
+        actions: of a backward pass.
+        away: which kinds of values the plan keeps away from the device. (What is saved on the way may be on it.)
+    """
+    at_hand: set[tuple[Kind, int, int]] = set()
+    before: list[Action] = []
+    for step in _steps(actions):
+        preparation = list(takewhile(_prepares, step))
+        saved = {_key(action) for action in preparation if isinstance(action, Save)}
+        at_hand |= {_key(action) for action in preparation if isinstance(action, Save) and action.tier is Tier.DEVICE}
+        loads = [action for action in preparation if isinstance(action, Load) and action.kind in away]
+        fetches = [Fetch(*_key(load)) for load in loads if _key(load) not in saved | at_hand]
+        work = len(list(takewhile(_prepares, before)))
+        yield from before[:work]
+        if before:
+            yield from fetches
+        yield from before[work:]
+        at_hand -= {_key(action) for action in preparation if isinstance(action, Drop)}
+        before = step
+    yield from before
+
+
+def _steps(actions: Iterable[Action]) -> Iterator[list[Action]]:
+    """Each cell's work, which ends with its run or its backward, and what is done before it."""
+    step: list[Action] = []
+    for action in actions:
+        step.append(action)
+        if isinstance(action, Run | Backward):
+            yield step
+            step = []
+    if step:
+        yield step
+
+
+def _prepares(action: Action) -> bool:
+    return not isinstance(action, Run | Record | Backward)
+
+
+def _key(action: Save | Load | Drop) -> tuple[Kind, int, int]:
+    return action.kind, action.group, action.segment

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from magc.cost import CellCost, CostModel
 from magc.errors import PlanError
-from magc.schedule import Action, Backward, Drop, Forget, Kind, Load, Record, Run, Save, Schedule
+from magc.schedule import Action, Backward, Drop, Fetch, Forget, Kind, Load, Record, Run, Save, Schedule
 from magc.tiers import Tier
 
 
@@ -51,7 +51,8 @@ class Simulation:
         breakdown: the terms at the peak; they sum to ``peak_bytes``.
         host_bytes, disk_bytes: most bytes on the other tiers.
         runs, records, backwards: how many cells were run, recorded, back-propagated.
-        seconds: time of all actions.
+        seconds: time of all actions; copies to and from other tiers run beside the work, and take time where they do not
+            keep up with it.
         timeline: every action, when it was asked for.
     """
 
@@ -116,6 +117,8 @@ class Ledger:
         self._held: dict[tuple[Kind, int, int], int] = {}
         self._live: set[tuple[Kind, int, int]] = set()
         self._stored: dict[tuple[Kind, int, int], Tier] = {}
+        self._arrivals: dict[tuple[Kind, int, int], float] = {}
+        self._copies_end: dict[tuple[Tier, bool], float] = {}
         self._recorded: dict[tuple[int, int], list[tuple[Kind, int, int]]] = {}
         self._kept_outputs: dict[tuple[int, int], list[tuple[Kind, int, int]]] = {}
         self._output_cell: tuple[int, int] | None = None
@@ -166,7 +169,7 @@ class Ledger:
         held = self._held.get(key, 0)
         self._held[key] = held + 1
         if not held:
-            self._add(_BORDERS if key[0] is Kind.BORDER else _STATES, nbytes)
+            self._add(_term(key), nbytes)
 
     def _release(self, key: tuple[Kind, int, int], nbytes: int) -> None:
         held = self._held[key] - 1
@@ -174,7 +177,7 @@ class Ledger:
             self._held[key] = held
         else:
             del self._held[key]
-            self._add(_BORDERS if key[0] is Kind.BORDER else _STATES, -nbytes)
+            self._add(_term(key), -nbytes)
 
     def _cell(self, group: int, segment: int) -> CellCost:
         return self._cells[self._schedule.grid.tokens.part_length(segment)][group]
@@ -210,6 +213,8 @@ class Ledger:
                 return self._backward(group, segment)
             case Save(kind, group, segment, tier):
                 self._save((kind, group, segment), self._tier(tier))
+            case Fetch(kind, group, segment):
+                self._fetch((kind, group, segment))
             case Load(kind, group, segment):
                 self._load((kind, group, segment))
             case Drop(kind, group, segment):
@@ -231,17 +236,30 @@ class Ledger:
         else:
             self._other[tier] += nbytes
             self._other_peak[tier] = max(self._other_peak[tier], self._other[tier])
-            self._copy(tier, nbytes)
+            written = self._copy(tier, nbytes, out=True)
+            if copies_block(tier, self._costs):
+                self.seconds = written
+
+    def _fetch(self, key: tuple[Kind, int, int]) -> None:
+        """The value has room on the device from now on, and is there when its copy has come."""
+        if key not in self._stored:
+            raise PlanError(f"schedule error: cannot fetch {key}, which is not stored")
+        tier = self._stored[key]
+        if tier is not Tier.DEVICE and key not in self._arrivals:
+            self._arrivals[key] = self._copy(tier, self._bytes(key), out=False)
+            self._add(_term(key), self._bytes(key))
 
     def _load(self, key: tuple[Kind, int, int]) -> None:
         if key not in self._stored:
             raise PlanError(f"schedule error: cannot load {key}, which is not stored")
         nbytes = self._bytes(key)
+        if self._stored[key] is not Tier.DEVICE:
+            self._fetch(key)
+            self.seconds = max(self.seconds, self._arrivals.pop(key))
+            self._add(_term(key), -nbytes)
         if key not in self._live:
             self._live.add(key)
             self._hold(key, nbytes)
-        if self._stored[key] is not Tier.DEVICE:
-            self._copy(self._stored[key], nbytes)
 
     def _drop(self, key: tuple[Kind, int, int]) -> None:
         if key not in self._stored:
@@ -252,9 +270,15 @@ class Ledger:
         else:
             self._other[tier] -= self._bytes(key)
 
-    def _copy(self, tier: Tier, nbytes: int) -> None:
+    def _copy(self, tier: Tier, nbytes: int, *, out: bool) -> float:
+        """When a copy that is begun now will be over: copies to a tier run one after another, as do those from it."""
         bandwidths = self._costs.bandwidths
-        self.seconds += nbytes / (bandwidths.disk if tier is Tier.DISK else bandwidths.host)
+        begin = max(self.seconds, self._copies_end.get((tier, out), 0.0))
+        if not out:
+            begin = max(begin, self._copies_end.get((tier, True), 0.0))
+        end = begin + nbytes / (bandwidths.disk if tier is Tier.DISK else bandwidths.host)
+        self._copies_end[tier, out] = end
+        return end
 
     def _enter(self, group: int, segment: int) -> list[tuple[Kind, int, int]]:
         """Take the cell's live inputs; returns those that take memory. They are held until released."""
@@ -397,6 +421,15 @@ class Ledger:
             seconds=self.seconds,
             timeline=tuple(self._steps or ()),
         )
+
+
+def copies_block(tier: Tier, costs: CostModel) -> bool:
+    """Whether what is saved to a tier is waited for: a CPU writes to the disk itself."""
+    return tier is Tier.DISK and costs.host_is_device
+
+
+def _term(key: tuple[Kind, int, int]) -> int:
+    return _BORDERS if key[0] is Kind.BORDER else _STATES
 
 
 _BORDERS, _STATES, _ACTIVATIONS, _WORKING, _GRADIENTS, _PARAMETERS, _OUTPUT = range(len(Term))

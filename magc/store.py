@@ -18,8 +18,9 @@ from torch import Tensor
 
 from magc.disk import CheckpointDirectory, DiskCheckpoint
 from magc.errors import InputError, StoreError
-from magc.pinned import PIECE_BYTES, PinnedBlock, PinnedPool, indexed
-from magc.rawbytes import Layout, allocated, compact, held_bytes, is_plain, laid_out, pieces
+from magc.offload import PinnedTensors, make_room
+from magc.pinned import PinnedPool, indexed
+from magc.rawbytes import compact, held_bytes, is_plain
 from magc.tiers import Tier
 from magc.tree import describe, version
 
@@ -106,13 +107,24 @@ class CheckpointStore:
         values = [None if tensor is None else tensor.detach() for tensor in tensors]
         checkpoint: _Checkpoint
         if tier is Tier.DISK:
-            checkpoint = DiskCheckpoint.write(repr(key), values, self._directory, self._staging_pool())
+            checkpoint = DiskCheckpoint(repr(key), values, self._directory, self._staging_pool())
         elif tier is Tier.HOST and self.device.type == "cuda":
-            checkpoint = _Pinned.copy(values, self._host_pool())
+            checkpoint = _Pinned(values, self._host_pool())
         else:
             checkpoint = _Referenced(tier, [None if value is None else compact(value) for value in values])
         self._held[key] = checkpoint
         self._bytes[tier] += checkpoint.nbytes
+
+    def fetch(self, key: Hashable) -> None:
+        """Begin to bring the tensors under ``key`` back to the device; `get` returns them.
+
+        The copy runs beside the work that is given to the current stream from now on (beside the caller, for files and
+        a CPU). Nothing happens if the checkpoint is on the device, or was fetched already.
+
+        Raises:
+            StoreError: the key is not held.
+        """
+        self._find(key).fetch(self.device)
 
     def get(self, key: Hashable) -> list[Tensor | None]:
         """The tensors under ``key``, on ``device``; the checkpoint stays.
@@ -187,6 +199,7 @@ class _Checkpoint(Protocol):
     def tier(self) -> Tier: ...
     @property
     def nbytes(self) -> int: ...
+    def fetch(self, device: torch.device) -> None: ...
     def load(self, device: torch.device) -> list[Tensor | None]: ...
     def discard(self) -> None: ...
 
@@ -199,6 +212,9 @@ class _Referenced:
         self.nbytes = sum(held_bytes(tensor) for tensor in tensors if tensor is not None)
         self._tensors = tensors
         self._versions = [None if tensor is None else version(tensor) for tensor in tensors]
+
+    def fetch(self, device: torch.device) -> None:
+        """It is there."""
 
     def load(self, device: torch.device) -> list[Tensor | None]:
         for tensor, before in zip(self._tensors, self._versions, strict=True):
@@ -219,64 +235,29 @@ class _Pinned:
 
     tier = Tier.HOST
 
-    def __init__(self, layouts: list[Layout | None], blocks: list[PinnedBlock], pool: PinnedPool) -> None:
-        self.nbytes = sum(layout.nbytes for layout in layouts if layout is not None)
-        self._layouts = layouts
-        self._blocks = blocks
-        self._pool = pool
-        self._uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-        self._mark_use()
+    def __init__(self, tensors: list[Tensor | None], pool: PinnedPool) -> None:
+        self._pinned = PinnedTensors.copy(tensors, pool)
+        self._arriving: tuple[list[Tensor | None], torch.cuda.Event] | None = None
+        self.nbytes = sum(layout.nbytes for layout in self._pinned.layouts if layout is not None)
 
-    @classmethod
-    def copy(cls, tensors: list[Tensor | None], pool: PinnedPool) -> _Pinned:
-        stream = torch.cuda.current_stream(pool.device)
-        layouts: list[Layout | None] = []
-        blocks: list[PinnedBlock] = []
-        try:
-            for tensor in tensors:
-                if tensor is None:
-                    layouts.append(None)
-                    continue
-                layout, raw = laid_out(tensor)
-                layouts.append(layout)
-                for piece in pieces(raw, PIECE_BYTES):
-                    blocks.append(pool.take(piece.nbytes))
-                    blocks[-1].memory[: piece.nbytes].copy_(piece, non_blocking=True)
-                raw.record_stream(stream)  # the caller may free the tensor while it is still being copied
-        except BaseException:
-            cls(layouts, blocks, pool).discard()
-            raise
-        return cls(layouts, blocks, pool)
+    def fetch(self, device: torch.device) -> None:
+        if self._arriving is None:
+            # Room on the current stream: what is let go of later is then used anew in that stream's order.
+            tensors, raws = make_room(self._pinned.layouts, device)
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(device))
+            self._arriving = tensors, self._pinned.copy_back(raws, ready)
 
     def load(self, device: torch.device) -> list[Tensor | None]:
-        stream = torch.cuda.current_stream(device)
-        for used_on, event in self._uses.items():
-            if used_on != stream:
-                stream.wait_event(event)
-        tensors: list[Tensor | None] = []
-        blocks = iter(self._blocks)
-        for layout in self._layouts:
-            if layout is None:
-                tensors.append(None)
-                continue
-            tensor, raw = allocated(layout, device)
-            tensors.append(tensor)
-            for piece in pieces(raw, PIECE_BYTES):
-                piece.copy_(next(blocks).memory[: piece.nbytes], non_blocking=True)
-        self._mark_use()
+        self.fetch(device)
+        assert self._arriving is not None
+        (tensors, there), self._arriving = self._arriving, None
+        torch.cuda.current_stream(device).wait_event(there)
         return tensors
 
     def discard(self) -> None:
-        for block in self._blocks:
-            block.uses = self._uses
-            self._pool.give_back(block)
-        self._blocks = []
-
-    def _mark_use(self) -> None:
-        stream = torch.cuda.current_stream(self._pool.device)
-        if stream not in self._uses:
-            self._uses[stream] = torch.cuda.Event()
-        self._uses[stream].record(stream)
+        self._arriving = None
+        self._pinned.discard()
 
 
 def _refuse_unsuited(key: Hashable, tensor: Tensor, tier: Tier, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from magc import revolve
 from magc.cost import CellCost, CostModel
 from magc.grid import make_axis
 from magc.plan import ALL, REBUILD, Plan
+from magc.simulate import copies_block
 from magc.tiers import Tier
 
 _SHORTEST = 16
@@ -52,10 +53,13 @@ class _Row:
     grads: float
     output: float  # whole sequence
     input_grad: float  # whole sequence
-    run_seconds: float  # a run column: first run, record, backward
+    state: float  # the largest of a group's
+    run_forward: float  # seconds of a run column
+    run_backward: float
     keep_seconds: float
     last_keep_seconds: float
-    last_run_seconds: float  # the last column when only the last cell is kept
+    last_forward: float  # the last column when only the last cell is kept
+    last_backward: float
     again_seconds: float  # all groups run once more
     rebuild_seconds: float
     last_rebuild_seconds: float
@@ -119,14 +123,22 @@ class PlanTable:
         reruns = some | (rebuild > 0)
         work = row["record_work"] + row["border"]
         work = np.maximum(work, np.where(reruns, run_work + row["states_all"], 0.0))
-        again = stored + output + input_grad + row["grads"] + live + work
+        # What the next cell needs may be on its way back already.
+        away = {
+            tier for tier in Tier if tier is not Tier.DEVICE and not (tier is Tier.HOST and self._costs.host_is_device)
+        }
+        arriving = sum(
+            (states_on[tier] * row["state"] + borders_on[tier] * row["border"] for tier in away),
+            start=np.zeros_like(stored),
+        )
+        again = stored + output + input_grad + row["grads"] + live + work + arriving
         alone = np.where(borders_on[Tier.DEVICE] > 0, row["alone_work"], row["alone_work_away"])
-        alone = alone + row["output"] + input_grad + row["states_all"]
-        top = stored + output + 2 * row["states_all"] + row["border"] + row["top_tape"] + row["top_work"]
+        alone = alone + row["output"] + input_grad + row["states_all"] + arriving
+        top = stored + output + 2 * row["states_all"] + row["border"] + row["top_tape"] + row["top_work"] + arriving
         self._recompute = np.where(single, np.maximum(run, alone), np.maximum(run, again))
         self._least = np.maximum(self._recompute, top)
         everything = np.where(single, row["output"], output) + input_grad
-        self._keep = stored + everything + 2 * row["states_all"] + row["keep_work"]
+        self._keep = stored + everything + 2 * row["states_all"] + row["keep_work"] + arriving
         self._time(states_on, borders_on, rebuild, counts, some)
 
     def _time(
@@ -140,15 +152,18 @@ class PlanTable:
         row = self._rows
         segments = row["segments"]
         bandwidth = {Tier.HOST: self._costs.bandwidths.host, Tier.DISK: self._costs.bandwidths.disk}
+        # Checkpoints away from the device are all on one tier, so one copy of a column follows another.
         copies = np.zeros_like(self._keep)
+        blocking = np.zeros_like(self._keep)
         snapshot_copies = np.zeros_like(self._keep)
         states = np.where(rebuild > 0, row["states_all"], row["states_trained"])
         for tier, speed in bandwidth.items():
             if tier is Tier.HOST and self._costs.host_is_device:
                 continue
-            copies = copies + 2 / speed * (
-                np.where(some, 0.0, states_on[tier] * states) + borders_on[tier] * row["borders"]
-            )
+            column = np.where(some | (segments == 1), 0.0, states_on[tier] * states) + borders_on[tier] * row["borders"]
+            column = column / speed
+            copies = copies + column
+            blocking = blocking + (column if copies_block(tier, self._costs) else 0.0)
             snapshot_copies = snapshot_copies + 2 / speed * states_on[tier] * states
         steps = np.broadcast_to(segments - (row["groups"] == 1), self._keep.shape)
         again = np.zeros_like(self._keep)
@@ -164,8 +179,14 @@ class PlanTable:
         usable = (segments > 2) & (counts < segments - 3)
         self._usable = np.where(some, usable, True) & ((row["segments"] > 1) | (rebuild == 0))
         group_share = (row["groups"] - 1) / row["groups"]
-        self._run_seconds = row["run_seconds"] + rebuild * row["rebuild_seconds"] + copies
-        last = row["last_run_seconds"] + rebuild * row["last_rebuild_seconds"] + copies * group_share
+        twice = 1 + rebuild * group_share
+
+        def seconds(forward: Floats, backward: Floats, share: Floats | float) -> Floats:
+            there = np.maximum(forward + blocking * share, copies * share)
+            return there + np.maximum(backward, copies * share * twice)
+
+        self._run_seconds = seconds(row["run_forward"], row["run_backward"] + rebuild * row["rebuild_seconds"], 1.0)
+        last = seconds(row["last_forward"], row["last_backward"] + rebuild * row["last_rebuild_seconds"], group_share)
         self._least_seconds = self._run_seconds * (segments - 1) + last + again * row["again_seconds"]
         every = np.maximum(1.0, steps // np.maximum(1.0, np.where(some, counts, 1.0)))
         self._least_seconds = self._least_seconds + np.where(
@@ -303,10 +324,13 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
         grads=grads.sum(),
         output=0.0 if costs.head is not None else math.ceil(cells[-1].output_bytes / tokens * seq_len) + _ROUNDING,
         input_grad=costs.input_bytes_per_token * seq_len if costs.needs_input_grad else 0.0,
-        run_seconds=_seconds(cells, lowest, len(cells)),
-        keep_seconds=_seconds(cells, lowest, 0),
-        last_keep_seconds=_seconds(last, lowest, 0),
-        last_run_seconds=_seconds(last, lowest, len(cells) - 1),
+        state=float(states.max()),
+        run_forward=_forward_seconds(cells, lowest, len(cells)),
+        run_backward=_backward_seconds(cells, lowest, len(cells)),
+        keep_seconds=_forward_seconds(cells, lowest, 0) + _backward_seconds(cells, lowest, 0),
+        last_keep_seconds=_forward_seconds(last, lowest, 0) + _backward_seconds(last, lowest, 0),
+        last_forward=_forward_seconds(last, lowest, len(cells) - 1),
+        last_backward=_backward_seconds(last, lowest, len(cells) - 1),
         again_seconds=sum(cell.run_seconds for cell in cells[lowest:]),
         rebuild_seconds=sum(cell.run_seconds for cell in cells[:-1]),
         last_rebuild_seconds=sum(cell.run_seconds for cell in last[:-2]) if len(cells) - 1 > lowest else 0.0,
@@ -314,9 +338,14 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
     )
 
 
-def _seconds(cells: list[CellCost], lowest: int, kept_from: int) -> float:
-    """A column whose groups from ``kept_from`` on are kept: first run, record of the others, backward."""
+def _forward_seconds(cells: list[CellCost], lowest: int, kept_from: int) -> float:
+    """First pass over a column whose groups from ``kept_from`` on are kept."""
     keep = max(kept_from, lowest)
-    first = sum(cell.run_seconds for cell in cells[:keep]) + sum(cell.record_seconds for cell in cells[keep:])
+    return sum(cell.run_seconds for cell in cells[:keep]) + sum(cell.record_seconds for cell in cells[keep:])
+
+
+def _backward_seconds(cells: list[CellCost], lowest: int, kept_from: int) -> float:
+    """Records of the groups that were not kept, and backwards, of a column."""
+    keep = max(kept_from, lowest)
     again = sum(cell.record_seconds for cell in cells[lowest:keep])
-    return first + again + sum(cell.backward_seconds for cell in cells[lowest:])
+    return again + sum(cell.backward_seconds for cell in cells[lowest:])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magc.cost import CostModel, StageCost, StageSample
+from magc.cost import Bandwidths, CostModel, StageCost, StageSample
 from magc.errors import BudgetError, PlanError
-from magc.estimate import estimate, schedule_of
+from magc.estimate import estimate, schedule_of, stored_per_column
 from magc.plan import Plan
 from magc.planner import MARGIN, Planner
 from magc.simulate import Term, simulate
@@ -59,6 +60,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         input_is_view=draw(st.booleans()),
         needs_input_grad=draw(st.booleans()),
         host_is_device=draw(st.booleans()),
+        bandwidths=Bandwidths(draw(st.sampled_from([20e9, 3e5, 1e4])), draw(st.sampled_from([1e9, 1e5, 1e3]))),
     )
 
 
@@ -89,12 +91,17 @@ def test_the_estimate_is_the_simulation(costs: CostModel, plan: Plan, seq_len: i
         slack = costs.input_bytes_per_token * seq_len if costs.needs_input_grad else 0
         assert quick.peak_bytes <= slow.peak_bytes + slack
         assert (quick.host_bytes, quick.disk_bytes) == (slow.host_bytes, slow.disk_bytes)
-        assert quick.seconds == pytest.approx(slow.seconds, rel=1e-4)
+        # Copies run beside the work: only at the ends of the passes are they waited for.
+        cells = [costs.cell(start, stop, 64) for start, stop in schedule.grid.layers.all_bounds()]
+        speeds = {Tier.DEVICE: math.inf, Tier.HOST: costs.bandwidths.host, Tier.DISK: costs.bandwidths.disk}
+        column = sum(nbytes / speeds[tier] for _, tier, nbytes in stored_per_column(schedule, cells))
+        assert quick.seconds == pytest.approx(slow.seconds, rel=1e-4, abs=3 * column)
     else:
         assert quick.peak_bytes <= 1.5 * slow.peak_bytes
         assert quick.host_bytes >= slow.host_bytes
         assert quick.disk_bytes >= slow.disk_bytes
-        assert quick.seconds == pytest.approx(slow.seconds, rel=0.1)
+        fast = replace(costs, bandwidths=Bandwidths())
+        assert estimate(plan, fast, seq_len, lowest).seconds == pytest.approx(simulate(schedule, fast).seconds, rel=0.1)
 
 
 @settings(SETTINGS, max_examples=40)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magc import Plan, Tier, grid_checkpoint, revolve
-from magc.schedule import Action, Backward, Drop, Forget, Kind, Load, Record, Run, Save, Schedule
+from magc.schedule import Action, Backward, Drop, Fetch, Forget, Kind, Load, Record, Run, Save, Schedule
 from tests.magc.layers import WIDTH, Cell
 from tests.magc.strategies import plans
 
@@ -25,7 +25,12 @@ def shown(actions: Iterable[Action]) -> str:
                 words.append(f"{type(action).__name__.lower()} {group},{segment}")
             case Save(kind, group, segment, tier):
                 words.append(f"save {kind} {group},{segment} {tier}")
-            case Load(kind, group, segment) | Drop(kind, group, segment) | Forget(kind, group, segment):
+            case (
+                Fetch(kind, group, segment)
+                | Load(kind, group, segment)
+                | Drop(kind, group, segment)
+                | Forget(kind, group, segment)
+            ):
                 words.append(f"{type(action).__name__.lower()} {kind} {group},{segment}")
     return "  ".join(words)
 
@@ -41,7 +46,7 @@ def test_the_papers_two_by_two_grid() -> None:
         "run 0,0  save border 1,0 device  run 1,0  save state 0,1 host  run 0,1  record 1,1"
     )
     assert shown(made.backward()) == (
-        "backward 1,1  "
+        "fetch state 0,1  backward 1,1  "
         "load state 0,1  drop state 0,1  record 0,1  backward 0,1  "
         "load border 1,0  drop border 1,0  record 1,0  backward 1,0  "
         "record 0,0  backward 0,0"
@@ -66,7 +71,8 @@ def test_one_snapshot_on_disk() -> None:
         "run 0,0  run 0,1  save state 0,2 disk  run 0,2  save state 0,3 disk  run 0,3  record 0,4"
     )
     assert shown(made.backward()) == (
-        "backward 0,4  load state 0,3  drop state 0,3  record 0,3  backward 0,3  "
+        "fetch state 0,3  backward 0,4  "
+        "load state 0,3  drop state 0,3  fetch state 0,2  record 0,3  backward 0,3  "
         "load state 0,2  record 0,2  backward 0,2  drop state 0,2  "
         "run 0,0  record 0,1  backward 0,1  record 0,0  backward 0,0"
     )
@@ -148,6 +154,7 @@ def test_schedules_are_valid(made: Schedule) -> None:
     live: set[tuple[Kind, int, int]] = set()
     stored: dict[tuple[Kind, int, int], Tier] = {}
     puts: Counter[tuple[Kind, int, int]] = Counter()
+    fetched: set[tuple[Kind, int, int]] = set()
     recorded: set[tuple[int, int]] = set()
     done: list[tuple[int, int]] = []
     backward = False
@@ -181,8 +188,13 @@ def test_schedules_are_valid(made: Schedule) -> None:
                     assert key not in stored
                     stored[key] = tier
                     puts[key] += 1
+                case Fetch(kind, group, segment):
+                    assert stored[kind, group, segment] in (Tier.HOST, Tier.DISK)
+                    assert (kind, group, segment) not in fetched
+                    fetched.add((kind, group, segment))
                 case Load(kind, group, segment):
                     assert (kind, group, segment) in stored
+                    fetched.discard((kind, group, segment))
                     live.add((kind, group, segment))
                 case Drop(kind, group, segment):
                     del stored[kind, group, segment]
@@ -200,6 +212,7 @@ def test_schedules_are_valid(made: Schedule) -> None:
     backward = True
     carry_out(made.backward())
     assert not stored
+    assert not fetched
     assert not live
     cells = [(segment, group) for segment in range(grid.segments) for group in range(made.lowest, grid.groups)]
     assert done == cells[::-1]

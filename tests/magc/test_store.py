@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -322,6 +323,55 @@ def test_a_file_that_something_else_changed(tmp_path: Path) -> None:
     store.drop(1)
 
 
+@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_was_fetched_ahead_is_what_was_put(device: str, tier: Tier, tmp_path: Path) -> None:
+    expected = [torch.randn(1 << 16, device=device), None, torch.arange(5, device=device)]
+    with CheckpointStore(torch.device(device), tmp_path) as store:
+        for key in range(3):
+            store.put(key, expected, tier)
+        for key in (0, 1, 1, 2):
+            store.fetch(key)
+        for key in (1, 0, 1, 2):
+            assert_same(store.get(key), expected)
+
+
+def test_a_fetch_takes_its_memory_at_once_and_only_once(tmp_path: Path) -> None:
+    x = torch.zeros(1 << 18)
+    with CheckpointStore(CPU, tmp_path) as store, MemoryMeter("cpu") as meter:
+        store.put(0, [x], Tier.DISK)
+        store.fetch(0)
+        store.fetch(0)
+        assert meter.live_bytes == x.nbytes
+        got = store.get(0)
+        assert meter.live_bytes == x.nbytes
+        del got
+        assert meter.live_bytes == 0
+
+
+def test_a_fetch_that_fails_says_so_when_it_is_needed(tmp_path: Path) -> None:
+    with CheckpointStore(CPU, tmp_path) as store:
+        put_some(store)
+        sorted(tmp_path.glob("*/*"))[0].unlink()
+        store.fetch(0)
+        store.fetch(1)
+        with pytest.raises(StoreError, match=r"cannot read checkpoint 0 .*No such file"):
+            store.get(0)
+        assert_same(store.get(1), [torch.zeros(8)])
+
+
+def test_what_was_fetched_and_not_needed_goes_too(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    store = CheckpointStore(CPU, tmp_path)
+    put_some(store)
+    for key in (0, 1):
+        store.fetch(key)
+    store.drop(0)
+    store.close()
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
+
+
 def test_keys_are_put_once_and_got_while_held() -> None:
     store = CheckpointStore(CPU)
     store.put("k", [torch.ones(1)], Tier.DEVICE)
@@ -421,6 +471,61 @@ def test_copies_are_ordered_across_streams() -> None:
     torch.cuda.synchronize()
     for step, got in results:
         assert (got == step).all()
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
+def test_copies_run_beside_the_work_in_the_right_order(tier: Tier, tmp_path: Path) -> None:
+    """A long product before each value is there, and before the memory that it comes back to is free."""
+    device = torch.device("cuda")
+    work = torch.randn(8192, 8192, device=device)
+    results = list[tuple[int, Tensor]]()
+    with CheckpointStore(device, tmp_path) as store:
+        for step in range(8):
+            for _ in range(3):
+                work @ work
+            store.put(step, [torch.full((1 << 22,), step, device=device)], tier)
+        for step in range(7, -1, -1):
+            if step:
+                store.fetch(step - 1)
+            scratch = torch.full((1 << 22,), -1, device=device)  # what is fetched must not be written over by it
+            for _ in range(3):
+                work @ work
+            (got,) = store.pop(step)
+            assert got is not None
+            results.append((step, got.clone()))
+            del scratch, got
+    for step, got in results:
+        assert (got == step).all()
+
+
+@gpu
+@pytest.mark.gpu
+def test_copies_to_the_host_do_not_wait_for_the_work_after_them() -> None:
+    device = torch.device("cuda")
+    work = torch.randn(8192, 8192, device=device)
+    x = torch.randn(64 << 20, device=device)
+    pool = PinnedPool(device)
+    with CheckpointStore(device, pool=pool) as store:
+        store.put("warm", [x], Tier.HOST)  # pins
+        store.pop("warm")
+        torch.cuda.synchronize()
+        before, copied, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        before.record()
+        store.put(0, [x], Tier.HOST)
+        for _ in range(20):
+            work @ work
+        store.fetch(0)
+        copied.record(pool.back)
+        for _ in range(20):
+            work @ work
+        done.record()
+        torch.cuda.synchronize()
+        (got,) = store.pop(0)
+        assert got is not None
+        assert torch.equal(got, x)
+    assert before.elapsed_time(copied) < 0.9 * before.elapsed_time(done)
 
 
 @gpu
