@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -147,19 +147,22 @@ class DiskCheckpoint:
             torch.cuda.current_stream(device).wait_event(there)
         return tensors
 
-    def _read(self, raws: Sequence[Tensor], ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
+    def _read(self, raws: list[Tensor], ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
         """Fill the room that was made, as soon as it is ready; returns when a GPU's will be full."""
-        if self._written is not None:
-            self._written.result()
-        if self._pool is None or ready is None:
-            self._read_into(raws)
-            return None
-        pinned = PinnedTensors.room(self._layouts, self._pool)
         try:
-            self._read_into(pinned.host_pieces())
-            return pinned.copy_back(raws, ready)
+            if self._written is not None:
+                self._written.result()
+            if self._pool is None or ready is None:
+                self._read_into(raws)
+                return None
+            pinned = PinnedTensors.room(self._layouts, self._pool)
+            try:
+                self._read_into(pinned.host_pieces())
+                return pinned.copy_back(raws, ready)
+            finally:
+                pinned.discard()
         finally:
-            pinned.discard()
+            raws.clear()  # the thread may hold this job a moment longer than its caller holds the tensors
 
     def _read_into(self, pieces: Iterable[Tensor]) -> None:
         try:
