@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,16 +43,22 @@ class PinnedPool:
         self.device = indexed(device)
         if self.device.type != "cuda":
             raise InputError(f"host memory is pinned for CUDA devices only, not for {str(device)!r}.")
-        self.out = torch.cuda.Stream(self.device)
-        """For copies to the host."""
-        self.back = torch.cuda.Stream(self.device)
-        """For copies to the device."""
         self._lock = threading.Lock()
         self._slabs: list[_Slab] = []
         self._free: defaultdict[int, list[PinnedBlock]] = defaultdict(list)
         self._handed_out = 0
         # Blocks come back from finalizers too, which run at any moment: only this queue may be touched then.
         self._returned: deque[PinnedBlock] = deque()
+
+    @cached_property
+    def out(self) -> torch.cuda.Stream:
+        """For copies to the host."""
+        return torch.cuda.Stream(self.device)
+
+    @cached_property
+    def back(self) -> torch.cuda.Stream:
+        """For copies to the device."""
+        return torch.cuda.Stream(self.device)
 
     @property
     def reserved_bytes(self) -> int:

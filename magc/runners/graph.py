@@ -2,8 +2,8 @@
 
 A deep cell of few tokens launches thousands of kernels, which takes the host several times as long as the GPU takes to
 run them. All cells of a kind (the same layers and shapes) run the same kernels, so they are captured as CUDA graphs that
-work on buffers of their own: inputs are copied in, outputs out. One graph runs a cell; a pair of graphs records it and
-back-propagates it, the tape between them lying in the graphs' memory.
+work on boxes of their own (`magc.runners.boxes`): inputs are copied in, outputs out. One graph runs a cell; a pair of
+graphs records it and back-propagates it, the tape between them lying in the graphs' memory.
 
 The first cell of each kind runs eagerly, which compiles and sets up whatever does so at its first use; the second is
 captured. Random numbers are those of the eager runner: a replay takes its offsets from the generator's state.
@@ -11,7 +11,6 @@ captured. Random numbers are those of the eager runner: a replay takes its offse
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,31 +22,42 @@ from torch import Tensor, nn
 
 from magc.accumulate import make_proxies
 from magc.ambient import Ambient
-from magc.errors import LayerContractError
+from magc.runners.boxes import (
+    Boxes,
+    Grads,
+    copied_grads,
+    copied_outputs,
+    copy_into,
+    fill_inputs,
+    signature,
+)
+from magc.runners.capture import CaptureError, Capturer, CudaCapturer, Replay
 from magc.runners.cell import CellGrads, CellInputs, CellNeeds, CellOutputs
 from magc.runners.eager import EagerRunner
 from magc.runners.eager import Tape as EagerTape
 from magc.stack import Stack, Stage
-from magc.tree import Flat, duplicate, flatten, is_differentiable
+from magc.tree import flatten
 
 
 class GraphCache:
     """Captured cells of one stack, kept from call to call, and the sums that they add parameter gradients to.
 
     Args:
-        device: a CUDA device.
+        device: where the cells run.
+        capturer: how they are captured; None for `CudaCapturer`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, capturer: Capturer | None = None) -> None:
         self.device = device
+        self.capturer = CudaCapturer(device) if capturer is None else capturer
         self.forwards: dict[object, _Forward] = {}
         self.pairs: dict[object, list[_Pair]] = {}
         self.seen: set[object] = set()
         self.refused: dict[str, str] = {}
         self.sums: dict[int, Tensor] = {}
         self.proxies: list[nn.Parameter] = []
-        self.stream = torch.cuda.Stream(device)
-        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.boxes = Boxes()
+        self.pool = self.capturer.new_pool()
         self.shared_tape: _Pair | None = None
         self._params: tuple[nn.Parameter, ...] = ()
         self._dtype = torch.float32
@@ -78,8 +88,9 @@ class GraphCache:
         for held in (self.forwards, self.pairs, self.seen, self.sums, self.refused):
             held.clear()
         self.proxies = []
+        self.boxes.clear()
         self.shared_tape = None
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = self.capturer.new_pool()
 
     def start_backward(self) -> None:
         """Set all sums to zero."""
@@ -105,46 +116,11 @@ class GraphCache:
 
 
 @dataclass(slots=True)
-class _Buffers:
-    """The inputs that a graph reads."""
-
-    x: Flat
-    states: tuple[Flat | None, ...]
-    side: dict[str, Flat]
-    targets: Flat | None
-
-    @classmethod
-    def like(cls, inputs: CellInputs) -> _Buffers:
-        x, states, side, targets = _flat(inputs)
-        return cls(
-            x.map(duplicate),
-            tuple(None if state is None else state.map(duplicate) for state in states),
-            {name: flat.map(duplicate) for name, flat in side.items()},
-            None if targets is None else targets.map(duplicate),
-        )
-
-    def fill(self, inputs: CellInputs) -> None:
-        x, states, side, targets = _flat(inputs)
-        pairs = [(self.x, x), *((self.side[name], flat) for name, flat in side.items())]
-        pairs += [
-            (old, new) for old, new in zip(self.states, states, strict=True) if old is not None and new is not None
-        ]
-        if self.targets is not None and targets is not None:
-            pairs.append((self.targets, targets))
-        for buffer, value in pairs:
-            _copy(buffer.leaves, value.leaves)
-
-    def inputs(self) -> CellInputs:
-        side = {name: flat.tree() for name, flat in self.side.items()}
-        return CellInputs(self.x, self.states, side, None if self.targets is None else self.targets.tree())
-
-
-@dataclass(slots=True)
 class _Forward:
     """A captured run of a cell."""
 
-    graph: torch.cuda.CUDAGraph
-    buffers: _Buffers
+    replay: Replay
+    inputs: CellInputs
     outputs: CellOutputs
 
 
@@ -153,16 +129,20 @@ class _Pair:
     """A captured recording of a cell and its captured backward.
 
     Attributes:
+        inputs: boxes; of the pair's own unless it is shared.
+        outputs: boxes; what is of no use is not in them.
+        grad_y, grad_states: boxes for the gradients to back-propagate.
+        grads: boxes with what comes of it.
         shared: its memory is that of all graphs in the cache, so nothing else may be replayed between the two.
         busy: a recorded cell waits for its backward.
     """
 
-    record: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
-    buffers: _Buffers
+    record: Replay
+    backward: Replay
+    inputs: CellInputs
     outputs: CellOutputs
-    grad_y: tuple[Tensor | None, ...]
-    grad_states: tuple[tuple[Tensor | None, ...], ...]
+    grad_y: Grads
+    grad_states: tuple[Grads, ...]
     grads: CellGrads
     shared: bool
     busy: bool = False
@@ -201,7 +181,7 @@ class GraphRunner:
     ) -> CellOutputs:
         """As `EagerRunner.run`, bit for bit."""
         cache = self._cache
-        key = ("run", first, len(stages), _signature(inputs), loss, proxies is None)
+        key = ("run", first, len(stages), signature(inputs), loss, proxies is None)
 
         def eager(given: CellInputs, own: Sequence[nn.Parameter] | None) -> CellOutputs:
             return self._eager.run(first, stages, given, loss=loss, proxies=own)
@@ -213,20 +193,15 @@ class GraphRunner:
             return eager(inputs, proxies)
         forward = cache.forwards.get(key)
         if forward is None:
-            buffers = _Buffers.like(inputs)
+            boxes = cache.boxes.inputs(inputs)
             own = None if proxies is None else cache.proxies
-
-            def body() -> CellOutputs:
-                outputs = eager(buffers.inputs(), own)
-                return CellOutputs(outputs.y.map(Tensor.detach), tuple(s.map(Tensor.detach) for s in outputs.states))
-
-            captured = self._capture(stages, cache.pool, body)
+            captured = self._capture(stages, cache.pool, lambda: cache.boxes.take_outputs(eager(boxes, own)))
             if captured is None:
                 return eager(inputs, proxies)
-            forward = cache.forwards[key] = _Forward(captured[0], buffers, captured[1])
-        forward.buffers.fill(inputs)
-        forward.graph.replay()
-        return _copied(forward.outputs)
+            forward = cache.forwards[key] = _Forward(captured[0], boxes, captured[1])
+        fill_inputs(forward.inputs, inputs)
+        forward.replay()
+        return copied_outputs(forward.outputs)
 
     def record(
         self,
@@ -238,9 +213,9 @@ class GraphRunner:
         *,
         output_needed: bool = True,
     ) -> GraphTape:
-        """As `EagerRunner.record`, bit for bit."""
+        """As `EagerRunner.record`, bit for bit; the outputs are left out where they are not needed."""
         cache = self._cache
-        key = ("record", first, len(stages), _signature(inputs), needs, output_needed)
+        key = ("record", first, len(stages), signature(inputs), needs, output_needed)
         is_new = self._is_new(key)
         pair = None
         if not is_new and not self._is_refused(stages):
@@ -249,13 +224,12 @@ class GraphRunner:
             with self._noticing_waits(stages) if is_new else nullcontext():
                 tape = self._eager.record(first, stages, inputs, needs, proxies, output_needed=output_needed)
             return GraphTape(tape.outputs, None, tape, stages if is_new else ())
-        pair.buffers.fill(inputs)
-        pair.record.replay()
+        fill_inputs(pair.inputs, inputs)
+        pair.record()
         pair.busy = True
         if pair.shared:
             cache.shared_tape = pair
-        outputs = _copied(pair.outputs) if output_needed else pair.outputs
-        tape = GraphTape(outputs, pair, None)
+        tape = GraphTape(copied_outputs(pair.outputs), pair, None)
         tape.release = weakref.finalize(tape, _release, cache, pair)
         return tape
 
@@ -268,11 +242,11 @@ class GraphRunner:
                 return self._eager.backward(tape.eager, grad_y, grad_states)
         pair = tape.pair
         assert pair is not None
-        _copy(pair.grad_y, grad_y)
-        for buffers, grads in zip(pair.grad_states, grad_states, strict=True):
-            _copy(buffers, grads)
-        pair.backward.replay()
-        grads = CellGrads(_clones(pair.grads.x), tuple(_clones(state) for state in pair.grads.states))
+        copy_into(pair.grad_y, grad_y)
+        for boxes, grads in zip(pair.grad_states, grad_states, strict=True):
+            copy_into(boxes, grads)
+        pair.backward()
+        grads = copied_grads(pair.grads)
         if tape.release is not None:
             tape.release()
         return grads
@@ -289,23 +263,14 @@ class GraphRunner:
 
     @contextmanager
     def _noticing_waits(self, stages: Sequence[Stage]) -> Generator[None]:
-        """Run a block eagerly and refuse the stages if it makes the host wait for the GPU, which no graph can hold.
+        """Run a block eagerly and refuse the stages if it makes the host wait for the device, which no graph can hold.
 
         Found out before, because a capture that fails leaves torch's allocator in a state that cannot be mended.
         """
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                yield
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-        for warning in caught:
-            if "synchronizing CUDA operation" in str(warning.message):
-                self._refuse(stages, "it waits for a value from the GPU")
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        with self._cache.capturer.waits() as found:
+            yield
+        if found:
+            self._refuse(stages, "it waits for a value from the GPU")
 
     def _refuse(self, stages: Sequence[Stage], reason: str) -> None:
         for stage in stages:
@@ -323,100 +288,58 @@ class GraphRunner:
         """A pair of graphs that holds no tape; None if there can be none."""
         cache = self._cache
         pairs = cache.pairs.setdefault(key, [])
-        wants_shared = cache.shared_tape is None
+        shared = cache.shared_tape is None
         for pair in pairs:
-            if not pair.busy and pair.shared == wants_shared:
+            if not pair.busy and pair.shared == shared:
                 return pair
         for index in {slot.index for stage in stages for slot in stage.slots}:
             cache.total(index)  # made now: what is made in a capture lies in the graph's memory
-        buffers = _Buffers.like(inputs)
-        pool = cache.pool if wants_shared else torch.cuda.graph_pool_handle()
+        # What the backward reads must lie still until then, whatever runs in between.
+        boxes = (cache.boxes if shared else Boxes()).inputs(inputs)
+        pool = cache.pool if shared else cache.capturer.new_pool()
+        tapes: list[EagerTape] = []
 
-        def recording() -> EagerTape:
-            return self._eager.record(
-                first, stages, buffers.inputs(), needs, cache.proxies, output_needed=output_needed
-            )
+        def record() -> CellOutputs:
+            tape = self._eager.record(first, stages, boxes, needs, cache.proxies, output_needed=output_needed)
+            tapes[:] = [tape]
+            return cache.boxes.take_outputs(tape.outputs) if output_needed else _NOTHING
 
-        recorded = self._capture(stages, pool, recording)
+        recorded = self._capture(stages, pool, record)
         if recorded is None:
             return None
-        record, tape = recorded
-        grad_y = tuple(_grad_buffer(leaf) for leaf in tape.outputs.y.leaves)
-        grad_states = tuple(tuple(_grad_buffer(leaf) for leaf in state.leaves) for state in tape.outputs.states)
-        outputs = CellOutputs(
-            tape.outputs.y.map(Tensor.detach), tuple(state.map(Tensor.detach) for state in tape.outputs.states)
-        )
-        replayed = self._capture(stages, pool, lambda: self._eager.backward(tape, grad_y, grad_states))
+        grad_y, grad_states = cache.boxes.gradients(tapes[0].outputs)
+
+        def backward() -> CellGrads:
+            return cache.boxes.take_grads(self._eager.backward(tapes.pop(), grad_y, grad_states))
+
+        replayed = self._capture(stages, pool, backward)
         if replayed is None:
             return None
-        pair = _Pair(record, replayed[0], buffers, outputs, grad_y, grad_states, replayed[1], wants_shared)
+        pair = _Pair(recorded[0], replayed[0], boxes, recorded[1], grad_y, grad_states, replayed[1], shared)
         pairs.append(pair)
         return pair
 
-    def _capture(
-        self, stages: Sequence[Stage], pool: Any, body: Callable[[], Any]
-    ) -> tuple[torch.cuda.CUDAGraph, Any] | None:
-        """Capture `body`; None, with the reason noted, if it does what a graph cannot hold."""
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, stages: Sequence[Stage], pool: object, body: Callable[[], Any]) -> tuple[Replay, Any] | None:
+        """Capture `body`; its replay and result. None, with the reason noted, if it does what a graph cannot hold."""
+        results: list[Any] = []
+
+        def captured() -> None:
+            results[:] = [body()]
+
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self._cache.stream, capture_error_mode="thread_local"):
-                result = body()
-        except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, LayerContractError):
-                raise
-            torch.cuda.synchronize(self._cache.device)
-            self._refuse(stages, str(error).strip().splitlines()[0])
+            replay = self._cache.capturer.capture(captured, pool)
+        except CaptureError as error:
+            self._refuse(stages, str(error))
             # The failed capture may still own the pool; graphs that are in it keep it for themselves.
-            self._cache.pool = torch.cuda.graph_pool_handle()
+            self._cache.pool = self._cache.capturer.new_pool()
             return None
-        return graph, result
+        return replay, results[0]
+
+
+_NOTHING = CellOutputs(flatten("nothing", ()), ())
 
 
 def _release(cache: GraphCache, pair: _Pair) -> None:
     pair.busy = False
     if cache.shared_tape is pair:
         cache.shared_tape = None
-
-
-# ---------------------------------------------------------------------- values
-def _flat(inputs: CellInputs) -> tuple[Flat, tuple[Flat | None, ...], dict[str, Flat], Flat | None]:
-    side = {name: flatten(name, tree) for name, tree in inputs.side.items()}
-    return inputs.x, inputs.states, side, None if inputs.targets is None else flatten("targets", inputs.targets)
-
-
-def _signature(inputs: CellInputs) -> object:
-    """Equal for inputs that one graph serves."""
-    x, states, side, targets = _flat(inputs)
-    named = tuple((name, _shape(flat)) for name, flat in side.items())
-    return _shape(x), tuple(_shape(state) for state in states), named, _shape(targets)
-
-
-def _shape(flat: Flat | None) -> object:
-    if flat is None:
-        return None
-    leaves = tuple(None if leaf is None else (tuple(leaf.shape), leaf.dtype) for leaf in flat.leaves)
-    return str(flat.spec), leaves
-
-
-def _grad_buffer(leaf: Tensor | None) -> Tensor | None:
-    """Zeros to copy an output's gradient into; None if it can have none."""
-    wanted = leaf is not None and leaf.requires_grad and is_differentiable(leaf)
-    return torch.zeros_like(leaf, requires_grad=False) if leaf is not None and wanted else None
-
-
-def _copy(buffers: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
-        if buffer is None:
-            continue
-        if value is None:
-            buffer.zero_()
-        else:
-            buffer.copy_(value)
-
-
-def _clones(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.clone() for tensor in tensors)
-
-
-def _copied(outputs: CellOutputs) -> CellOutputs:
-    return CellOutputs(outputs.y.map(torch.clone), tuple(state.map(torch.clone) for state in outputs.states))

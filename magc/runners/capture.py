@@ -1,0 +1,87 @@
+"""Capturing what a function launches as a CUDA graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from magc.errors import MagcError
+
+Replay = Callable[[], None]
+
+
+class CaptureError(Exception):
+    """A function does what no graph can hold. The message is the reason."""
+
+
+class Capturer(Protocol):
+    """Turns calls into replays."""
+
+    def new_pool(self) -> object:
+        """Memory for graphs that are never replayed between another's capture and its last replay."""
+        ...
+
+    def capture(self, body: Callable[[], None], pool: object) -> Replay:
+        """Call `body` once without effect; the result repeats its effect.
+
+        Raises:
+            CaptureError: that is not possible. The pool must not be used any more.
+        """
+        ...
+
+    def waits(self) -> Any:
+        """A context that yields a list, which afterwards holds what in it made the host wait for the device."""
+        ...
+
+
+class CudaCapturer:
+    """Captures on one device.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def new_pool(self) -> object:
+        """A private pool of torch's allocator."""
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, body: Callable[[], None], pool: object) -> Replay:
+        """See `Capturer.capture`."""
+        # A graph cannot use what eager runs have left in the allocator's cache: its memory would come on top.
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):  # pyright: ignore[reportArgumentType]
+                body()
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, MagcError | torch.OutOfMemoryError):
+                raise
+            torch.cuda.synchronize(self._device)
+            raise CaptureError(str(error).strip().splitlines()[0]) from error
+        return graph.replay
+
+    @contextmanager
+    def waits(self) -> Generator[list[str]]:
+        """See `Capturer.waits`. Other warnings pass."""
+        found: list[str] = []
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                found.append(str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

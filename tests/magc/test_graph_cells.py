@@ -1,0 +1,172 @@
+"""The logic of captured cells on any device: a stand-in for capture calls the function again instead of replaying it.
+
+What is captured must only read and write boxes, parameters and sums, or a second call would differ from the first as a
+replay would. That CUDA graphs themselves give the same bits is tested in ``test_graph_runner.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from magc import GridCheckpoint, Plan
+from magc.request import Request
+from magc.runners.capture import CaptureError, Replay
+from magc.runners.graph import GraphCache
+from tests.magc.layers import WIDTH, floating, gradients, make_stack, objective
+from tests.magc.strategies import Case, cases
+from tests.magc.test_graph_runner import PLANS, Noisy, assert_same, step
+
+
+class CallsAgain:
+    """Captures without effect, as a GPU does, and replays by calling again."""
+
+    def __init__(self, refuse: int = -1) -> None:
+        self.cache: GraphCache | None = None
+        self.captures = 0
+        self.replays = 0
+        self._refuse = refuse
+
+    def new_pool(self) -> object:
+        return object()
+
+    def capture(self, body: Callable[[], None], pool: object) -> Replay:
+        if self.captures == self._refuse:
+            self._refuse = -1
+            raise CaptureError("it may not")
+        self.captures += 1
+        assert self.cache is not None
+        before = {index: total.clone() for index, total in self.cache.sums.items()}
+        with torch.random.fork_rng(devices=[]):
+            body()
+        for index, total in self.cache.sums.items():
+            total.copy_(before[index])
+
+        def replay() -> None:
+            self.replays += 1
+            body()
+
+        return replay
+
+    @contextlib.contextmanager
+    def waits(self) -> Iterator[list[str]]:
+        yield []
+
+
+class Graphed(GridCheckpoint):
+    """A grid whose cells run from a cache of captured ones."""
+
+    def __init__(self, made: list[nn.Module], plan: Plan, capturer: CallsAgain) -> None:
+        super().__init__(made, plan)
+        self.cache = capturer.cache = GraphCache(torch.device("cpu"), capturer)
+
+    def _request(self, *args: Any, **kwargs: Any) -> Request:
+        return replace(super()._request(*args, **kwargs), graphs=self.cache)
+
+
+def layers(count: int = 4, features: int = 16) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [Noisy(features) for _ in range(count)]
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_every_call_is_the_eager_one(plan: Plan) -> None:
+    made, capturer = layers(), CallsAgain()
+    eager, graphed = GridCheckpoint(made, plan), Graphed(made, plan, capturer)
+    for call in range(3):
+        x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(call))
+        assert_same(step(graphed, x, call), step(eager, x, call))
+    assert capturer.replays
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_any_stack_and_plan(case: Case) -> None:
+    torch.manual_seed(case.seed)
+    made = make_stack(case.kinds, dtype=torch.float32, dropout=0.2)
+    capturer = CallsAgain()
+    eager, graphed = GridCheckpoint(made, case.plan), Graphed(made, case.plan, capturer)
+    x = torch.randn(case.batch, case.tokens, WIDTH)
+    for call in range(3):
+        results = []
+        for grid in (eager, graphed):
+            torch.manual_seed(call)
+            leaf = x.clone().requires_grad_()
+            outputs = floating(grid(leaf))
+            wanted = [leaf, *(param for param in grid.parameters() if param.requires_grad)]
+            results.append([*(y.detach() for y in outputs), *gradients(objective(outputs), wanted)])
+        assert_same(*results)
+
+
+def test_groups_share_their_boxes() -> None:
+    """Four groups of two layers need as many boxes as two groups do (the first has the stack's own input)."""
+    sizes = []
+    for count in (4, 8):
+        graphed = Graphed(layers(count), Plan(layers=2, tokens=8), CallsAgain())
+        for call in range(2):
+            step(graphed, torch.randn(2, 64, 16), call)
+        sizes.append(graphed.cache.boxes.nbytes)
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_each_kind_is_captured_once() -> None:
+    capturer = CallsAgain()
+    graphed = Graphed(layers(), Plan(layers=2, tokens=8), capturer)
+    counts = []
+    for call in range(4):
+        step(graphed, torch.randn(2, 64, 16), call)
+        counts.append(capturer.captures)
+    assert counts[1] == counts[2] == counts[3]
+
+
+@pytest.mark.parametrize("refused", range(8))
+def test_a_capture_that_fails_changes_nothing_but_speed(refused: int) -> None:
+    made, capturer = layers(), CallsAgain(refused)
+    eager = GridCheckpoint(made, Plan(layers=2, tokens=8))
+    graphed = Graphed(made, Plan(layers=2, tokens=8), capturer)
+    for call in range(3):
+        x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(call))
+        assert_same(step(graphed, x, call), step(eager, x, call))
+    reasons = graphed.cache.notes()
+    assert len(reasons) == 2  # the layers of the group that was refused
+    assert "runs eagerly: its cell cannot be captured (it may not)" in reasons[0]
+
+
+def test_a_training_loop_is_the_same_loop() -> None:
+    results: list[list[Tensor]] = []
+    for graphed in (False, True):
+        made = copy.deepcopy(layers())
+        plan = Plan(layers=2, tokens=8)
+        grid = Graphed(made, plan, CallsAgain()) if graphed else GridCheckpoint(made, plan)
+        optimizer = torch.optim.AdamW(grid.parameters(), lr=1e-2)
+        torch.manual_seed(1)
+        for _ in range(3):
+            for _ in range(2):
+                y, _ = grid(torch.randn(2, 40, 16))
+                y.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach().clone() for p in grid.parameters()])
+    assert_same(*results)
+
+
+def test_two_forwards_before_their_backwards_do_not_disturb_each_other() -> None:
+    made = layers()
+    grids = (GridCheckpoint(made, Plan(layers=2, tokens=8)), Graphed(made, Plan(layers=2, tokens=8), CallsAgain()))
+    inputs = [torch.randn(2, 64, 16) for _ in range(2)]
+    for _ in range(3):
+        results = []
+        for grid in grids:
+            torch.manual_seed(5)
+            outputs = [grid(x)[0] for x in inputs]
+            params = list(grid.parameters())
+            results.append([g for y in outputs for g in torch.autograd.grad(y.square().mean(), params)])
+        assert_same(*results)
