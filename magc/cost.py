@@ -7,8 +7,8 @@ number is interpolated, beyond the longest it grows as between the last two. Not
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from magc.errors import PlanError
 
@@ -117,10 +117,11 @@ class CellCost:
 
 @dataclass(frozen=True, slots=True)
 class Bandwidths:
-    """Bytes per second of copies between the device and the other tiers."""
+    """Bytes per second of copies between the device and the other tiers, and within the device."""
 
     host: float = 20e9
     disk: float = 1e9
+    device: float = 1.3e12
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class CostModel:
         needs_input_grad: a gradient of the whole input is made.
         host_is_device: the device is the CPU, so that host memory is device memory.
         cell_seconds: host time that running, recording or back-propagating a cell costs whatever is in it.
+        captured: cells are replayed as CUDA graphs: their times are those of replays, host time shows only where it is
+            longer, and they need boxes.
         bandwidths: of copies to and from other tiers.
         longest_sample: the longest segment measured; beyond it numbers are extrapolated.
     """
@@ -148,6 +151,7 @@ class CostModel:
     needs_input_grad: bool = False
     host_is_device: bool = True
     cell_seconds: float = 0.0
+    captured: bool = False
     bandwidths: Bandwidths = Bandwidths()
     longest_sample: int = 0
     _samples: dict[tuple[int, int], StageSample] = field(
@@ -201,15 +205,39 @@ class CostModel:
         if key not in self._cells:
             before_sample = None if before is None else self.sample(before, tokens)
             samples = [self.sample(stage, tokens) for stage in stages]
-            self._cells[key] = _compose(
-                self.input_bytes(start, tokens), self.cell_seconds, before_sample, stages, samples
-            )
+            made = _compose(self.input_bytes(start, tokens), before_sample, stages, samples)
+            self._cells[key] = self._replayed(made) if self.captured else self._with_host_time(made)
         return self._cells[key]
+
+    def _with_host_time(self, cell: CellCost) -> CellCost:
+        return replace(cell, **{name: self.cell_seconds + getattr(cell, name) for name in _SECONDS})
+
+    def _replayed(self, cell: CellCost) -> CellCost:
+        """Inputs go into boxes, and outputs into boxes and out; the host launches it all ahead of the device."""
+        into, out = cell.input_bytes + cell.state_bytes, cell.output_bytes + cell.state_bytes
+        copied = {"run_seconds": into + 2 * out, "record_seconds": into, "backward_seconds": out + 2 * into}
+        copies = {name: nbytes / self.bandwidths.device for name, nbytes in copied.items()}
+        return replace(cell, **{name: max(self.cell_seconds, getattr(cell, name) + copies[name]) for name in _SECONDS})
+
+    def captured_bytes(self, columns: Iterable[Sequence[CellCost]]) -> int:
+        """What captured cells take beside their working memory: boxes, and gradients beside the sums that stay.
+
+        Args:
+            columns: the cells of one segment, for each segment length that occurs.
+        """
+        if not self.captured:
+            return 0
+        columns = list(columns)
+        borders = sum(
+            2 * max(cell.input_bytes for cell in cells) + 2 * max(cell.output_bytes for cell in cells)
+            for cells in columns
+        )
+        states = 4 * max(cell.state_bytes for cells in columns for cell in cells)
+        return borders + states + sum(cell.grad_bytes_single for cell in columns[0])
 
 
 def _compose(
     input_bytes: int,
-    cell_seconds: float,
     before: StageSample | None,
     stages: Sequence[StageCost],
     samples: Sequence[StageSample],
@@ -257,7 +285,7 @@ def _compose(
         first_backward_peak_single=backward_peaks[2],
         grad_bytes=grads,
         grad_bytes_single=grads_single,
-        run_seconds=cell_seconds + sum(sample.run_seconds for sample in samples),
-        record_seconds=cell_seconds + sum(sample.record_seconds for sample in samples),
-        backward_seconds=cell_seconds + sum(sample.backward_seconds for sample in samples),
+        run_seconds=sum(sample.run_seconds for sample in samples),
+        record_seconds=sum(sample.record_seconds for sample in samples),
+        backward_seconds=sum(sample.backward_seconds for sample in samples),
     )

@@ -125,9 +125,7 @@ def stack_notes(request: Request) -> tuple[str, ...]:
     used = Counter(name for stage in request.stack.layers for name in set(_implementations(stage, request.device)))
     layers = len(request.stack.layers)
     shown = ", ".join(f"{name} in {count} of {layers} layers" for name, count in used.items())
-    how = (
-        "cells run eagerly" if request.graphs is None else "cells are replayed as CUDA graphs, times are of eager ones"
-    )
+    how = "cells run eagerly" if request.graphs is None else "cells are replayed as CUDA graphs"
     return (how, *([f"implementation of magc.nn's operators: {shown}"] if used else []))
 
 

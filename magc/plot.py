@@ -38,6 +38,7 @@ _COLORS = {
     Term.ACTIVATIONS: "#e8a33d",
     Term.GRADIENTS: "#8e63b0",
     Term.WORKING: "#d9583b",
+    Term.CAPTURED: "#5d6b7a",
 }
 _SHORT = {
     Term.PARAMETERS: "parameter gradients",
@@ -47,6 +48,7 @@ _SHORT = {
     Term.ACTIVATIONS: "activations of recorded cells",
     Term.GRADIENTS: "gradients of borders and states",
     Term.WORKING: "working memory",
+    Term.CAPTURED: "captured cells",
 }
 _INK, _FAINT, _BUDGET = "#1f2933", "#7b8794", "#c0392b"
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from magc.accumulate import make_proxies
+from magc.alike import Chosen
 from magc.ambient import Ambient, RngState
 from magc.contract import call_layer
 from magc.cost import Bandwidths, CostModel, StageCost, StageSample
@@ -27,6 +28,7 @@ from magc.plan import Plan
 from magc.request import Request
 from magc.runners.cell import CellInputs, CellNeeds, CellOutputs, differentiable_mask
 from magc.runners.eager import EagerRunner
+from magc.runners.graph import GraphCache, GraphRunner
 from magc.schedule import Schedule
 from magc.source import SegmentSource
 from magc.stack import Stack, StackMemory, Stage, StageKind, build_stack, swapped
@@ -38,6 +40,7 @@ META_LAUNCH_SECONDS = 1e-3
 """Seconds of host work per stage and pass assumed for the meta device."""
 PROFILE_SECONDS = 20.0
 """No further segment length is measured once a profile took this long."""
+_REPLAYS = 4
 
 
 def sample_lengths(seq_len: int, device: torch.device) -> list[int]:
@@ -68,7 +71,7 @@ def profile(
     device = request.device
     wanted = sorted(set(lengths or sample_lengths(request.inputs.length, device)))
     stack = replace(request.stack, memory=StackMemory())
-    stages = _Chosen.of(stack)
+    stages = Chosen.of(stack)
     before = RngState.capture(device)
     samples: dict[int, list[StageSample]] = {}
     started = time.perf_counter()
@@ -91,64 +94,6 @@ def profile(
 def _peak(samples: dict[int, list[StageSample]], length: int) -> float:
     last = max(samples)
     return sum(sample.kept_bytes + sample.backward_peak for sample in samples[last]) * length / last
-
-
-# ---------------------------------------------------------------------- which stages
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """The stages to measure, and for every stage of the stack which measurements stand for it.
-
-    Attributes:
-        picked: stages to measure, in order.
-        own: for every stage, the index into ``picked`` of its own numbers.
-        passed: the same for what the next stage keeps of its output.
-    """
-
-    picked: list[Stage]
-    own: list[int]
-    passed: list[int]
-
-    @classmethod
-    def of(cls, stack: Stack) -> _Chosen:
-        chosen = cls([], [], [])
-        stages = stack.stages
-        start = 0
-        while start < len(stages):
-            stop = start + 1
-            while stop < len(stages) and _signature(stages[stop]) == _signature(stages[start]):
-                stop += 1
-            first = len(chosen.picked)
-            chosen.picked.extend(stages[start : min(stop, start + 2)])
-            last = len(chosen.picked) - 1
-            chosen.own.extend([first] + [last] * (stop - start - 1))
-            chosen.passed.extend([first] * (stop - start - 1) + [last])
-            start = stop
-        return chosen
-
-
-_NAMES_OF_POSITION = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
-
-
-def _signature(stage: Stage) -> object:
-    """Equal for stages that cost the same: class, settings, parameter shapes and mode of every module in it."""
-    if not isinstance(stage.call, nn.Module):
-        return id(stage.call)
-    return (
-        stage.kind,
-        repr(stage.call),
-        tuple((tuple(param.shape), param.dtype, param.requires_grad) for param in stage.call.parameters()),
-        tuple(
-            (
-                type(module),
-                tuple(
-                    (name, value)
-                    for name, value in sorted(vars(module).items())
-                    if isinstance(value, int | float | str | bool) and name not in _NAMES_OF_POSITION
-                ),
-            )
-            for module in stage.call.modules()
-        ),
-    )
 
 
 # ---------------------------------------------------------------------- one length
@@ -190,6 +135,7 @@ class _Measurement:
         self._device, self._stages = request.device, stages
         self._ambient = Ambient.capture(request.device)
         self._runner = EagerRunner(stack, self._ambient)
+        self._stack, self._accumulate, self._graphs = stack, request.accumulate, request.graphs
         self._proxies = make_proxies(stack.params, _Discard(stack.params, request.accumulate))
         self._side: dict[str, PyTree] = {
             name: source.segment(0, tokens).tree() for name, source in request.side.items()
@@ -323,6 +269,10 @@ class _Measurement:
             backward_peak = meter.peak_bytes - entry
             del grads, tape
 
+        replayed = None if self._graphs is None else self._replayed(key, stage, cell, needs, outputs)
+        if replayed is not None:
+            return _Alone(run_peak, record_peak, backward_peak, replayed)
+
         def passes() -> Iterator[tuple[float, float, float]]:
             while True:
                 with self._timed() as run:
@@ -339,6 +289,38 @@ class _Measurement:
             again = next(timed)
             seconds = (min(seconds[0], again[0]), min(seconds[1], again[1]), min(seconds[2], again[2]))
         return _Alone(run_peak, record_peak, backward_peak, seconds)
+
+    def _replayed(
+        self, key: int, stage: Stage, cell: CellInputs, needs: CellNeeds, outputs: CellOutputs
+    ) -> tuple[float, float, float] | None:
+        """Seconds of the stage's replays; None if it cannot be captured."""
+        assert self._graphs is not None
+        cache = GraphCache(self._device, self._graphs.capturer)
+        cache.prepare(self._stack, self._ambient, self._accumulate)
+        runner = GraphRunner(cache, self._runner)
+        gradients = self._gradients(stage, outputs)
+        for _ in range(2):  # the first runs eagerly, the second captures
+            runner.run(key, (stage,), cell, proxies=cache.proxies)
+            tape = runner.record(key, (stage,), cell, needs, cache.proxies)
+            runner.backward(tape, *gradients)
+            del tape
+        captured = cache.replays()
+        if captured is None:
+            return None
+        run, record, backward = captured
+
+        def both() -> None:
+            record()
+            backward()
+
+        seconds: list[float] = []
+        for replay in (run, record, both):
+            replay()
+            with self._timed() as took:
+                for _ in range(_REPLAYS):
+                    replay()
+            seconds.append(took[0] / _REPLAYS)
+        return seconds[0], seconds[1], max(0.0, seconds[2] - seconds[1])
 
     @contextmanager
     def _timed(self) -> Generator[list[float]]:
@@ -372,7 +354,7 @@ def _wait(device: torch.device) -> None:
 def _build(
     request: Request,
     stack: Stack,
-    chosen: _Chosen,
+    chosen: Chosen,
     samples: dict[int, list[StageSample]],
     state_bytes: list[int],
 ) -> CostModel:
@@ -398,6 +380,7 @@ def _build(
         needs_input_grad=any(request.needs_x),
         host_is_device=request.device.type in ("cpu", "meta"),
         cell_seconds=_cell_seconds(request.device),
+        captured=request.graphs is not None,
         bandwidths=Bandwidths(),
         longest_sample=max(samples),
     )

@@ -30,6 +30,7 @@ _REMEDIES = {
     Term.WORKING: "shorter segments",
     Term.GRADIENTS: "shorter segments",
     Term.PARAMETERS: "accumulate= in a narrower dtype; no plan does",
+    Term.CAPTURED: "smaller groups of layers, or runner='eager'",
     Term.OUTPUT: "a head inside the grid (GridCheckpoint.loss), so that the whole output never exists",
 }
 

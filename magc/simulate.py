@@ -27,6 +27,7 @@ class Term(enum.StrEnum):
     GRADIENTS = "gradients of borders and states"
     PARAMETERS = "gradients of parameters"
     OUTPUT = "output, final states and input gradient"
+    CAPTURED = "boxes of captured cells, and gradients beside their sums"
 
 
 Breakdown = dict[Term, int]
@@ -132,6 +133,7 @@ class Ledger:
         self.live = self.peak = 0
         self.seconds = 0.0
         self.breakdown = list(self._terms)
+        self._add(_CAPTURED, costs.captured_bytes(self._cells.values()))
 
     # ------------------------------------------------------------------ totals
     def terms(self) -> list[int]:
@@ -432,4 +434,4 @@ def _term(key: tuple[Kind, int, int]) -> int:
     return _BORDERS if key[0] is Kind.BORDER else _STATES
 
 
-_BORDERS, _STATES, _ACTIVATIONS, _WORKING, _GRADIENTS, _PARAMETERS, _OUTPUT = range(len(Term))
+_BORDERS, _STATES, _ACTIVATIONS, _WORKING, _GRADIENTS, _PARAMETERS, _OUTPUT, _CAPTURED = range(len(Term))

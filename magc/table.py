@@ -64,6 +64,7 @@ class _Row:
     rebuild_seconds: float
     last_rebuild_seconds: float
     groups: float
+    captured: float
 
 
 class PlanTable:
@@ -135,10 +136,10 @@ class PlanTable:
         alone = np.where(borders_on[Tier.DEVICE] > 0, row["alone_work"], row["alone_work_away"])
         alone = alone + row["output"] + input_grad + row["states_all"] + arriving
         top = stored + output + 2 * row["states_all"] + row["border"] + row["top_tape"] + row["top_work"] + arriving
-        self._recompute = np.where(single, np.maximum(run, alone), np.maximum(run, again))
-        self._least = np.maximum(self._recompute, top)
+        self._recompute = np.where(single, np.maximum(run, alone), np.maximum(run, again)) + row["captured"]
+        self._least = np.maximum(self._recompute, top + row["captured"])
         everything = np.where(single, row["output"], output) + input_grad
-        self._keep = stored + everything + 2 * row["states_all"] + row["keep_work"] + arriving
+        self._keep = stored + everything + 2 * row["states_all"] + row["keep_work"] + arriving + row["captured"]
         self._time(states_on, borders_on, rebuild, counts, some)
 
     def _time(
@@ -335,6 +336,7 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
         rebuild_seconds=sum(cell.run_seconds for cell in cells[:-1]),
         last_rebuild_seconds=sum(cell.run_seconds for cell in last[:-2]) if len(cells) - 1 > lowest else 0.0,
         groups=len(cells),
+        captured=costs.captured_bytes((cells,) if tail == tokens else (cells, last)),
     )
 
 

@@ -110,6 +110,11 @@ class GraphCache:
             self.sums[index] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return self.sums[index]
 
+    def replays(self) -> tuple[Replay, Replay, Replay] | None:
+        """Run, record and backward of the cell that was captured first, to be timed; None if none was."""
+        forwards, pairs = list(self.forwards.values()), [pair for made in self.pairs.values() for pair in made]
+        return (forwards[0].replay, pairs[0].record, pairs[0].backward) if forwards and pairs else None
+
     def notes(self) -> tuple[str, ...]:
         """What could not be captured, and why."""
         return tuple(f"{name} runs eagerly: {reason}" for name, reason in self.refused.items())

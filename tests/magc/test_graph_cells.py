@@ -17,7 +17,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from magc import GridCheckpoint, Plan
+from magc import GridCheckpoint, MemoryMeter, Plan
+from magc.nn import Mamba2Block
+from magc.planning import with_forecast
+from magc.profile import profile
 from magc.request import Request
 from magc.runners.capture import CaptureError, Replay
 from magc.runners.graph import GraphCache
@@ -64,8 +67,8 @@ class CallsAgain:
 class Graphed(GridCheckpoint):
     """A grid whose cells run from a cache of captured ones."""
 
-    def __init__(self, made: list[nn.Module], plan: Plan, capturer: CallsAgain) -> None:
-        super().__init__(made, plan)
+    def __init__(self, made: list[nn.Module], plan: Plan | None, capturer: CallsAgain, **options: Any) -> None:
+        super().__init__(made, plan, **options)
         self.cache = capturer.cache = GraphCache(torch.device("cpu"), capturer)
 
     def _request(self, *args: Any, **kwargs: Any) -> Request:
@@ -170,3 +173,36 @@ def test_two_forwards_before_their_backwards_do_not_disturb_each_other() -> None
             params = list(grid.parameters())
             results.append([g for y in outputs for g in torch.autograd.grad(y.square().mean(), params)])
         assert_same(*results)
+
+
+@pytest.mark.parametrize("plan", [Plan(layers=2, tokens=64), Plan(tokens=128), Plan(layers=1, tokens=64, keep=3)])
+def test_the_predicted_peak_counts_boxes(plan: Plan) -> None:
+    torch.manual_seed(0)
+    made: list[nn.Module] = [Mamba2Block(32, d_state=16, headdim=16, chunk_size=32) for _ in range(4)]
+    x = torch.randn(1, 512, 32, requires_grad=True)
+    graphed = Graphed(made, plan, CallsAgain())
+    costs = profile(graphed._request(x, None, {}), [64, 128])
+    assert costs.captured
+    predicted = with_forecast(plan, costs, 512).forecast
+    with MemoryMeter("cpu") as meter:
+        y, _ = graphed(x)
+        sum(leaf.sum() for leaf in y).backward()
+    assert predicted is not None
+    assert meter.peak_bytes == pytest.approx(predicted.peak_bytes, rel=0.1)
+
+
+def test_a_budget_holds_and_replays_are_timed() -> None:
+    torch.manual_seed(0)
+    made: list[nn.Module] = [Mamba2Block(32, d_state=16, headdim=16, chunk_size=32) for _ in range(4)]
+    x = torch.randn(1, 512, 32, requires_grad=True)
+    capturer = CallsAgain()
+    graphed = Graphed(made, None, capturer, budget="3MiB")
+    plan = graphed.plan_for(x)
+    assert capturer.replays
+    assert plan.forecast is not None
+    assert plan.forecast.peak_bytes <= 3 * 2**20
+    assert "cells are replayed as CUDA graphs" in plan.explain()
+    with MemoryMeter("cpu") as meter:
+        y, _ = graphed(x)
+        sum(leaf.sum() for leaf in y).backward()
+    assert meter.peak_bytes <= 3 * 2**20

@@ -60,6 +60,8 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         input_is_view=draw(st.booleans()),
         needs_input_grad=draw(st.booleans()),
         host_is_device=draw(st.booleans()),
+        cell_seconds=draw(st.sampled_from([0.0, 0.01, 5.0])),
+        captured=draw(st.booleans()),
         bandwidths=Bandwidths(draw(st.sampled_from([20e9, 3e5, 1e4])), draw(st.sampled_from([1e9, 1e5, 1e3]))),
     )
 
