@@ -17,9 +17,9 @@ from tests.integrations.models import VOCABULARY, mamba2
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch import LightningModule, Trainer  # noqa: E402 - after it was found
+from lightning.pytorch import LightningModule, Trainer
 
-from magc.integrations.lightning import GridCheckpointing  # noqa: E402
+from magc.integrations.lightning import GridCheckpointing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
