@@ -1,4 +1,4 @@
-"""The command line: ``magc plan``, ``magc doctor``, ``magc demo``."""
+"""The command line: ``magc plan``, ``magc doctor``, ``magc demo``, ``magc bench``."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["demo"]:  # reads its own options
-            return int(import_module("magc.demo").main(arguments[1:]) or 0)
+        if arguments[:1] in (["demo"], ["bench"]):  # read their own options
+            return int(import_module(f"magc.{arguments[0]}").main(arguments[1:]) or 0)
         options = _parser().parse_args(arguments)
         return _doctor(options.self_test) if options.command == "doctor" else _plan(options)
     except MagcError as error:
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"magc {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("demo", help="train on a long sequence in a small, fixed memory", add_help=False)
+    commands.add_parser("bench", help="measure memory and speed by length and method", add_help=False)
     doctor = commands.add_parser("doctor", help="what is installed, what runs natively here, and why the rest does not")
     doctor.add_argument(
         "--self-test",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magc.accumulate import GradAccumulator, make_proxies
+from magc.accumulate import make_proxies
 from magc.ambient import Ambient, RngState, RngTape, recomputing
 from magc.collect import GradInput, LossOutput, OutputCollector, TokenOutput
 from magc.errors import LayerContractError, RecomputeError
@@ -63,7 +63,7 @@ class Execution:
         self._rng_start = RngState.capture(request.device)
         self._store = CheckpointStore(request.device, request.disk_dir, pool=request.pool)
         self._initial = tuple(None if state is None else state.map(Tensor.detach) for state in request.states)
-        self._accumulator = GradAccumulator(
+        self._accumulator = request.accumulator(
             request.stack.params, request.accumulate, self._single_use(), request.graphs
         )
         self._proxies: list[nn.Parameter] | None = None

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from magc.accumulate import GradAccumulator
 from magc.errors import InputError, StateError
 from magc.pinned import PinnedPool
 from magc.plan import Plan
@@ -39,6 +40,7 @@ class Request:
         observer: sees every action.
         pool: pinned memory to reuse; None lets each call pin its own.
         graphs: captured cells to replay and add to; None runs every cell eagerly.
+        accumulator: what makes the sums of parameter gradients.
         grad: whether grad mode was on in the call.
     """
 
@@ -55,6 +57,7 @@ class Request:
     observer: Observer | None = None
     pool: PinnedPool | None = None
     graphs: GraphCache | None = None
+    accumulator: Callable[..., GradAccumulator] = GradAccumulator
     grad: bool = True
 
 

@@ -28,7 +28,7 @@ def test_two_benchmarks(tmp_path: Path) -> None:
     environment["OMP_NUM_THREADS"] = "1"  # small tensors; threads would only wait for each other
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "2 passed, 30 deselected" in run.stdout
+    assert "2 passed, 42 deselected" in run.stdout
     data = json.loads(results.read_text())
     infos = {benchmark["extra_info"]["kind"]: benchmark["extra_info"] for benchmark in data["benchmarks"]}
     assert set(infos) == {"method", "length"}
@@ -42,6 +42,21 @@ def test_two_benchmarks(tmp_path: Path) -> None:
     assert "| 4,096 | states on disk | " in text
     draw(results, picture)
     assert picture.stat().st_size > 10_000
+
+
+def test_a_long_sequence(tmp_path: Path) -> None:
+    """One case of the benchmark of long sequences."""
+    results = tmp_path / "results.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_longseq.py", "-k", "paper-1", "-q"]
+    command += ["-p", "no:cacheprovider", "--device", "cpu", "--benchmark-only", f"--benchmark-json={results}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (benchmark,) = json.loads(results.read_text())["benchmarks"]
+    info = benchmark["extra_info"]
+    assert (info["kind"], info["method"], info["seq_len"]) == ("longseq", "paper", 1024)
+    assert info["predicted_peak_bytes"] == pytest.approx(info["peak_bytes"], rel=0.05)
+    assert info["tokens_per_second"] > 0
 
 
 def test_stored_results_name_no_machine() -> None:
