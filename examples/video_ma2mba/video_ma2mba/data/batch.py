@@ -95,6 +95,11 @@ class VideoTokens:
         """Number of sequences."""
         return self._ids.shape[0]
 
+    @property
+    def frames(self) -> int:
+        """Number of frames of all sequences."""
+        return len(self._frames)
+
     def segment(self, start: int, stop: int) -> Segment:
         """See `Segment`."""
         frame = self._frame[:, start:stop].to(torch.int64)

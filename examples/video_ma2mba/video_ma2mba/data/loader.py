@@ -14,9 +14,9 @@ import torch
 
 from video_ma2mba.data.batch import Batch, Example, collate
 from video_ma2mba.data.chat import IGNORED, ChatEncoder
-from video_ma2mba.data.frames import JoinedFrames
+from video_ma2mba.data.frames import Frames, JoinedFrames
 from video_ma2mba.data.media import MediaOptions, open_media
-from video_ma2mba.data.records import Sample
+from video_ma2mba.data.records import Media, Sample
 from video_ma2mba.errors import ConfigError, MediaError, ProblemKind
 
 OnProblem = Literal["skip", "stop"]
@@ -40,11 +40,13 @@ class Preparation:
         encoder: text to tokens.
         media: media to frames.
         max_tokens: a longer sequence is a problem; None for any length.
+        open: opens a medium.
     """
 
     encoder: ChatEncoder
     media: MediaOptions
     max_tokens: int | None = None
+    open: Callable[[Media, MediaOptions], Frames] = open_media
 
     def __call__(self, sample: Sample) -> Example:
         """The sample, ready to be learnt.
@@ -52,7 +54,7 @@ class Preparation:
         Raises:
             MediaError: a medium cannot be used, the sequence is too long, or there is no answer in it.
         """
-        frames = [open_media(media, self.media) for media in sample.media]
+        frames = [self.open(media, self.media) for media in sample.media]
         tokens = self.encoder.sample(sample, [len(each) for each in frames])
         path = sample.media[0].path if sample.media else sample.id
         if self.max_tokens is not None and len(tokens) > self.max_tokens:

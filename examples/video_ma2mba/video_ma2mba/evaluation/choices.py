@@ -66,14 +66,15 @@ class VideoMME:
         return Question(
             id=str(field(where, record, "question_id", (str, int))),
             media=Media(find_video(self.videos, str(field(where, record, "videoID", (str, int))))),
-            prompt=self._prompt(asked, options),
+            prompt=self.prompt(asked, options),
             answer=answer,
             groups={ours: str(field(where, record, theirs, str)) for ours, theirs in names.items()},
             options=tuple(str(option) for option in options),
             asked=asked,
         )
 
-    def _prompt(self, asked: str, options: Sequence[str]) -> str:
+    def prompt(self, asked: str, options: Sequence[str]) -> str:
+        """The question as the benchmark puts it to a model."""
         sources = "video" if self.prompts == "official" else "video and the subtitles"
         lines = [
             f"Select the best answer to the following multiple-choice question based on the {sources}. Respond with only the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,8 +61,8 @@ class VideoAnswerer:
         self._options = model.media_options(max_frames=max_frames, stream=stream)
 
     @torch.no_grad()
-    def answer(self, media: Media, prompts: Sequence[Prompt]) -> Iterator[str]:
-        """Answers, one for each prompt, in order.
+    def answer(self, media: Media, prompts: Iterable[Prompt]) -> Iterator[str]:
+        """Answers, one for each prompt, in order; a prompt is asked for when the answer before it has been taken.
 
         Raises:
             MediaError: the video cannot be used.

@@ -28,14 +28,27 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _TIED = ("language.lm_head.weight", "language.backbone.embedding.weight")
 
 
-def save_pretrained(model: VideoMa2mba, folder: str | PathLike[str], tokenizer: BpeTokenizer | None = None) -> None:
+def save_pretrained(
+    model: VideoMa2mba,
+    folder: str | PathLike[str],
+    tokenizer: BpeTokenizer | None = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write `config.json`, `model.safetensors` and, if given, `tokenizer.json`.
 
     The weights are written beside their place and then moved to it: a folder holds whole files or none.
+
+    Args:
+        model: its configuration and, by default, its weights are written.
+        folder: made if it is not there.
+        tokenizer: the model's.
+        weights: the state dict of a model whose weights are elsewhere (sharded over ranks).
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if model.config.language.tie_embeddings:
         del weights[_TIED[0]]
     partial = path / f"{_WEIGHTS}.partial"

@@ -1,0 +1,1 @@
+"""Training: configuration, optimizer, data parallelism, checkpoints, logs, and the loop."""
