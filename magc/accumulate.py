@@ -65,7 +65,8 @@ class GradAccumulator:
         ]
         self._params = tuple(params)
         self._single = tuple(single)
-        self._delivered = [param.dtype for param in params]
+        # A parameter says by ``grad_dtype`` (torch 2.10) if its gradient may be more precise than itself.
+        self._delivered = [getattr(param, "grad_dtype", None) or param.dtype for param in params]
         self._sums: list[Tensor | None] = [None] * len(params)
 
     def start(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from magc.errors import InputError, LayerContractError, PlanError
+from magc.distributed.fsdp import gathered
+from magc.errors import BudgetError, InputError, LayerContractError, PlanError
 from magc.function import apply_grid
 from magc.pinned import PinnedPool
 from magc.plan import Plan, PlanOrRule
@@ -17,7 +18,12 @@ from magc.request import Observer, Request, make_request, make_schedule, shape_k
 from magc.runners.graph import GraphCache
 from magc.stack import StackMemory, build_stack
 from magc.tree import Flat, PyTree
-from magc.units import parse_bytes
+from magc.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from magc.distributed.agree import Agreement
 
 Layer = Callable[..., Any]
 """``y, new_state = layer(x, state, **side)``."""
@@ -49,6 +55,8 @@ class GridCheckpoint(nn.Module):
             (no ``.item()``, no Python random numbers); one that cannot be captured runs eagerly and `plan_for` says why.
             Graphs, their memory and the gradient sums they add to stay until `release_graphs`, or until layers, shapes
             or modes change.
+        plan_group: ranks of torch.distributed that use one plan, made for the smallest of their budgets and the longest of
+            their sequences. Every training call then waits for the group's others; None lets each rank plan alone.
 
     Raises:
         PlanError: neither plan nor budget given, or both.
@@ -68,6 +76,7 @@ class GridCheckpoint(nn.Module):
         accumulate: torch.dtype = torch.float32,
         check_finite: bool = False,
         runner: Literal["eager", "cuda-graph"] = "eager",
+        plan_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if (plan is None) == (budget is None):
@@ -89,6 +98,9 @@ class GridCheckpoint(nn.Module):
         self.seq_dim = seq_dim
         self.accumulate = accumulate
         self.check_finite = check_finite
+        if plan_group is not None and plan is not None:
+            raise PlanError("plan_group is for plans made from a budget, but a plan was given; leave one of them out")
+        self._agreement = None if plan_group is None else _agreement(plan_group)
         self._forget()
 
     def _forget(self) -> None:
@@ -177,7 +189,11 @@ class GridCheckpoint(nn.Module):
         """`loss`, and the final states to go on from."""
         if reduction not in ("mean", "sum"):
             raise InputError(f"reduction={reduction!r}: give 'mean' or 'sum'")
-        y, states = self._run(inputs, state, side, targets=targets, stem=stem, head=head)
+        # fully_shard(grid) hooks its forward; a method that is not registered as one enters FSDP here.
+        entered = any(name in vars(self) for name in ("loss", "loss_and_state"))
+        y, states = self._run(
+            inputs, state, side, targets=targets, stem=stem, head=head, root=None if entered else self
+        )
         total, count = y.tensors
         if reduction == "mean" and count.device.type == "cpu" and not bool(count):
             raise InputError(
@@ -189,10 +205,12 @@ class GridCheckpoint(nn.Module):
     def plan_for(self, x: PyTree, **side: PyTree) -> Plan:
         """The plan that `forward` uses for such an input; measures and plans if it is the first of its shape.
 
-        Its `explain` also names layers that were found not to be capturable, if cells run as CUDA graphs.
+        Its `explain` also names layers that were found not to be capturable, if cells run as CUDA graphs. Under FSDP2
+        parameters are gathered for it: call it on all ranks.
         """
-        request = self._request(x, None, side)
-        plan = self._plan_of(request)
+        with gathered(self.layers, self.layers, self) as parameters:
+            request = self._request(x, None, side)
+            plan = self._plan_of(request, parameters.gathered_bytes)
         if request.graphs is None or plan.forecast is None:
             return plan
         from magc.planning import with_notes
@@ -209,9 +227,17 @@ class GridCheckpoint(nn.Module):
         targets: PyTree = None,
         stem: Layer | None = None,
         head: Layer | None = None,
+        root: nn.Module | None = None,
     ) -> tuple[Flat, tuple[Flat, ...]]:
-        request = self._request(x, state, side, targets=targets, stem=stem, head=head)
-        result = apply_grid(request, make_schedule(request, self._plan_of(request)))
+        with gathered((stem, *self.layers, head), self.layers, root) as parameters:
+            request = self._request(x, state, side, targets=targets, stem=stem, head=head)
+            if parameters.units and request.graphs is not None:
+                raise InputError(
+                    "runner='cuda-graph' cannot run layers under FSDP2: captured cells hold the addresses of parameters, and "
+                    "gathered ones move; give runner='eager', or use DistributedDataParallel"
+                )
+            plan = self._plan_of(request, parameters.gathered_bytes)
+            result = apply_grid(request, make_schedule(request, plan), parameters)
         return result.y, result.states
 
     def _request(
@@ -250,18 +276,39 @@ class GridCheckpoint(nn.Module):
             graphs = self._graphs.setdefault(request.device, GraphCache(request.device))
         return replace(request, pool=pool, graphs=graphs)
 
-    def _plan_of(self, request: Request) -> Plan:
-        """The given plan, or the planner's: measured once per input shape, parameter set and mode."""
+    def _plan_of(self, request: Request, gathered_bytes: int) -> Plan:
+        """The given plan, or the planner's: measured once per input shape, parameter set and mode.
+
+        Args:
+            request: the call.
+            gathered_bytes: what FSDP took of the budget for parameters when the call started.
+        """
         if self.plan is not None:
             return _resolve(self.plan, request)
-        from magc.planning import plan_request
+        from magc.planning import plan_request, with_notes
 
+        assert self.budget is not None
+        left = self.budget - gathered_bytes
+
+        def make(budget: int, seq_len: int) -> Plan:
+            if budget <= 0:
+                raise BudgetError(
+                    f"a budget of {format_bytes(budget + gathered_bytes)} leaves nothing beside the "
+                    f"{format_bytes(gathered_bytes)} of parameters that FSDP gathers for a pass; give more than that"
+                )
+            use_disk = self.disk_dir is not None
+            plan = plan_request(
+                request, budget=budget, host_budget=self.host_budget, use_disk=use_disk, seq_len=seq_len
+            )
+            if not gathered_bytes:
+                return plan
+            return with_notes(plan, (f"{format_bytes(gathered_bytes)} more hold the parameters that FSDP gathers",))
+
+        if self._agreement is not None and request.grad:
+            return self._agreement.plan(request, left, make)
         key = shape_key(request)
         if key not in self._plans:
-            assert self.budget is not None
-            self._plans[key] = plan_request(
-                request, budget=self.budget, host_budget=self.host_budget, use_disk=self.disk_dir is not None
-            )
+            self._plans[key] = make(left, request.inputs.length)
         return self._plans[key]
 
     def extra_repr(self) -> str:
@@ -302,10 +349,17 @@ def grid_checkpoint(
     """
     _require_plan_or_rule(plan)
     _require_accumulate(accumulate)
-    stack = build_stack(layers, seq_dim=seq_dim)
-    request = make_request(stack, x, state, side, accumulate=accumulate, disk_dir=disk_dir, observer=observer)
-    result = apply_grid(request, make_schedule(request, _resolve(plan, request)))
+    with gathered(layers, layers) as parameters:
+        stack = build_stack(layers, seq_dim=seq_dim)
+        request = make_request(stack, x, state, side, accumulate=accumulate, disk_dir=disk_dir, observer=observer)
+        result = apply_grid(request, make_schedule(request, _resolve(plan, request)), parameters)
     return result.y.tree(), tuple(final.tree() for final in result.states)
+
+
+def _agreement(group: ProcessGroup) -> Agreement:
+    from magc.distributed.agree import Agreement
+
+    return Agreement(group)
 
 
 def _module_list(layers: Iterable[nn.Module]) -> nn.ModuleList:

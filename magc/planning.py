@@ -138,9 +138,14 @@ def _implementations(stage: Stage, device: torch.device) -> Iterator[str]:
             yield f"{choice.name!r}{' (plain PyTorch' + why + ')' if choice.name == 'reference' else ''}"
 
 
-def plan_request(request: Request, *, budget: int, host_budget: int | None, use_disk: bool) -> Plan:
-    """A plan for one call, measured on its own inputs (`GridCheckpoint` without a plan)."""
-    return _plan(request, request.inputs.length, budget, host_budget or 0, use_disk, None)
+def plan_request(
+    request: Request, *, budget: int, host_budget: int | None, use_disk: bool, seq_len: int | None = None
+) -> Plan:
+    """A plan for one call, measured on its own inputs (`GridCheckpoint` without a plan).
+
+    ``seq_len`` is the length to plan for, None that of the call.
+    """
+    return _plan(request, seq_len or request.inputs.length, budget, host_budget or 0, use_disk, None)
 
 
 def lowest_layer(request: Request) -> int:

@@ -9,20 +9,24 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from magc.checkpoint import GridCheckpoint
+from magc.distributed.fsdp import is_fsdp_hook
 from magc.errors import LayerContractError
-from magc.nn.fused import hooked
+from magc.nn.fused import hooks_of
 from magc.nn.operators import Impl
 from magc.plan import Plan, PlanOrRule
 from magc.planning import with_notes
 from magc.report import paragraph
 from magc.request import Request
 from magc.units import format_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Runner = Literal["eager", "cuda-graph"]
 
@@ -38,7 +42,10 @@ class Settings:
     accumulate: torch.dtype = torch.float32
     runner: Runner = "eager"
     logits: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
     impl: Impl = "auto"
+    plan_group: ProcessGroup | None = None
 
     def grid(self, layers: Iterable[nn.Module], *, seq_dim: int = 1) -> ModelGrid:
         """A grid of layers with these settings."""
@@ -51,6 +58,7 @@ class Settings:
             seq_dim=seq_dim,
             accumulate=self.accumulate,
             runner=self.runner,
+            plan_group=self.plan_group,
         )
 
 
@@ -59,8 +67,8 @@ class ModelGrid(GridCheckpoint):
 
     latest: Plan | None = None
 
-    def _plan_of(self, request: Request) -> Plan:
-        self.latest = super()._plan_of(request)
+    def _plan_of(self, request: Request, gathered_bytes: int) -> Plan:
+        self.latest = super()._plan_of(request, gathered_bytes)
         return self.latest
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,7 +137,11 @@ class GridForward:
 
     def hooked(self, module: nn.Module) -> bool:
         """Whether a bypassed module has hooks that would not run."""
-        return hooked(module)
+        return any(self.misses(hook) for hook in hooks_of(module))
+
+    def misses(self, hook: object) -> bool:
+        """Whether a hook on a bypassed module would be missed; what FSDP's do, the grid does for its layers."""
+        return not is_fsdp_hook(hook)
 
     def _refuse_hooks(self) -> None:
         for name, module in self.bypassed.items():
@@ -202,11 +214,19 @@ class Wrapped:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """What an adapter makes of a model: its grid, the forwards to set, and notes for the report."""
+    """What an adapter makes of a model.
+
+    Attributes:
+        grid: of its layers.
+        forwards: to set, that of the model last.
+        notes: for the report.
+        has_loss: whether the model computes a loss inside the grid, which heeds `Settings.label_smoothing` and ``z_loss``.
+    """
 
     grid: ModelGrid
     forwards: tuple[GridForward, ...]
     notes: tuple[str, ...] = field(default=())
+    has_loss: bool = False
 
 
 Adapter = Callable[[Any, Settings], Adapted]

@@ -15,10 +15,20 @@ _HF = "transformers.models"
 _ADAPTERS: dict[str, str | Adapter] = {
     f"torch.nn.modules.rnn.{name}": "magc.integrations.rnn_wrap" for name in ("LSTM", "GRU", "RNN")
 }
-for _family, _prefix in (("mamba", "Mamba"), ("mamba2", "Mamba2"), ("falcon_mamba", "FalconMamba"), ("bamba", "Bamba")):
+_FAMILIES = {
+    "mamba": "Mamba",
+    "mamba2": "Mamba2",
+    "falcon_mamba": "FalconMamba",
+    "bamba": "Bamba",
+    "falcon_h1": "FalconH1",
+    "granitemoehybrid": "GraniteMoeHybrid",
+    "nemotron_h": "NemotronH",
+    "qwen3_next": "Qwen3Next",
+    "zamba2": "Zamba2",
+}
+for _family, _prefix in _FAMILIES.items():
     for _name in (f"{_prefix}Model", f"{_prefix}ForCausalLM"):
         _ADAPTERS[f"{_HF}.{_family}.modeling_{_family}.{_name}"] = f"magc.integrations.transformers.{_family}"
-
 
 _UNKNOWN = (
     "For other models give layers with y, new_state = layer(x, state) to magc.GridCheckpoint, or teach wrap the class with "

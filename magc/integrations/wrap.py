@@ -9,7 +9,7 @@ afresh.
 from __future__ import annotations
 
 from types import MethodType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from magc.integrations.forward import Adapted, GridForward, Runner, Settings, Un
 from magc.integrations.registry import adapter_of
 from magc.nn.operators import Impl, check_impl
 from magc.plan import PlanOrRule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +36,10 @@ def wrap(
     accumulate: torch.dtype = torch.float32,
     runner: Runner = "eager",
     logits: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     impl: Impl = "auto",
+    plan_group: ProcessGroup | None = None,
 ) -> Model:
     """Let a model's training forward run on a grid; everything else of it stays as it is.
 
@@ -51,14 +57,19 @@ def wrap(
         accumulate: as in `GridCheckpoint`.
         runner: as in `GridCheckpoint`.
         logits: return logits beside a loss. They, and what the loss keeps of them, are outside the grid and the budget.
+        label_smoothing: of the loss inside the grid: the share of the probability that is spread evenly over the
+            vocabulary, 0 to 1. The model's own code, in evaluation say, knows nothing of it.
+        z_loss: weight of a term of the loss inside the grid: the square of the log of the softmax's denominator, of each
+            target's row (PaLM, arXiv 2204.02311, section 5).
         impl: implementation of the layers' operators, see `magc.nn.operators.Impl`.
+        plan_group: as in `GridCheckpoint`.
 
     Returns:
         The same object.
 
     Raises:
         InputError: no adapter for this class, its forward was replaced by something else, or there is no such
-            ``impl`` or ``runner``.
+            ``impl`` or ``runner``, or the model has no loss that ``label_smoothing`` or ``z_loss`` could be part of.
         LayerContractError: the model is bidirectional, or parts of it are not what the adapter knows.
         PlanError: neither plan nor budget given, or both.
     """
@@ -70,7 +81,10 @@ def wrap(
         accumulate=accumulate,
         runner=runner,
         logits=logits,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
         impl=check_impl(impl),
+        plan_group=plan_group,
     )
     before = find(model)
     if before is not None:
@@ -143,6 +157,11 @@ def _adapt(model: nn.Module, settings: Settings) -> Adapted:
         adapted = adapter(model, settings)
         replaced = [forward.module for forward in adapted.forwards if "forward" in vars(forward.module)]
         if not replaced:
+            if (settings.label_smoothing or settings.z_loss) and not adapted.has_loss:
+                raise InputError(
+                    f"label_smoothing and z_loss are parts of a language model's loss, and a {type(model).__name__} computes "
+                    f"none. Wrap the model around it that takes labels, or leave them out"
+                )
             return adapted
     raise InputError(
         f"{type(model).__name__}, or a part of it, has a forward that was set on this instance (by accelerate's hooks or "

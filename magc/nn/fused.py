@@ -27,6 +27,11 @@ _PLAIN = frozenset({Linear, nn.Linear, nn.Conv1d, AddRMSNorm, GatedRMSNorm})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def hooks_of(module: nn.Module) -> list[object]:
+    """Hooks that calling the module would run."""
+    return [hook for kind in _HOOKS for hook in vars(module)[kind].values()]
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module would run hooks of its own."""
     return any(vars(module).get(hooks) for hooks in _HOOKS)

@@ -150,7 +150,7 @@ def test_evaluation_mode_without_a_cache_runs_on_the_grid() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states .* what the grid does not keep"),
     "a cache in training": ({"use_cache": True}, "use_cache=False"),
-    "something unknown": ({"position_ids": torch.arange(TOKENS)[None]}, "given position_ids .* magc.unwrap"),
+    "something unknown": ({"token_type_ids": torch.zeros(2, TOKENS)}, "given token_type_ids .* magc.unwrap"),
     "some logits beside the loss": ({"logits_to_keep": 2}, "wrap with logits=True"),
     "a square mask": ({"attention_mask": torch.ones(2, 1, TOKENS, TOKENS)}, r"must be \(batch, length\)"),
 }

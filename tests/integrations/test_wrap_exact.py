@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from magc import Plan
 from magc.integrations.wrap import wrap
+from magc.plan import PlanOrRule
 from tests.integrations.models import (
     FAMILIES,
     PLANS,
@@ -30,7 +30,7 @@ all_families = pytest.mark.parametrize("family", FAMILIES)
 @all_families
 @all_plans
 @both
-def test_loss_and_gradients(family: str, plan: Plan, padding: str | None) -> None:
+def test_loss_and_gradients(family: str, plan: PlanOrRule, padding: str | None) -> None:
     model = FAMILIES[family]()
     wrapped = wrapped_copy(model, plan)
     inputs = batch(padding)
@@ -45,7 +45,7 @@ def test_loss_and_gradients(family: str, plan: Plan, padding: str | None) -> Non
 @all_families
 @all_plans
 @both
-def test_logits_and_gradients(family: str, plan: Plan, padding: str | None) -> None:
+def test_logits_and_gradients(family: str, plan: PlanOrRule, padding: str | None) -> None:
     model = FAMILIES[family]()
     wrapped = wrapped_copy(model, plan)
     inputs = batch(padding)
@@ -99,6 +99,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "attention written out": ("bamba", {"attn_implementation": "eager"}),
     "attention only": ("bamba", {"attn_layer_indices": [0, 1, 2]}),
+    "a norm on groups, in front of the gate": ("falcon_h1", {"mamba_rms_norm": True}),
+    "a norm behind the gate": ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    "no experts": ("granite", {"num_local_experts": 0}),
+    "rotary embeddings": ("granite", {"position_embedding_type": "rope"}),
+    "attention only, no Mamba": ("granite", {"layer_types": ["attention"] * 3}),
+    "experts in a latent space": ("nemotron_h", {"moe_latent_size": 8}),
+    "an MLP in front, attention behind": ("nemotron_h", {"layers_block_type": ["mlp", "mamba", "attention"]}),
+    "all experts": ("qwen3_next", {"mlp_only_layers": [], "norm_topk_prob": False}),
+    "heads of values as many as of keys": ("qwen3_next", {"linear_num_value_heads": 2}),
+    "attention with biases": ("qwen3_next", {"attention_bias": True}),
+    "two shared blocks": (
+        "zamba2",
+        {"num_mem_blocks": 2, "layers_block_type": ["mamba", "hybrid", "hybrid", "hybrid"]},
+    ),
+    "shared blocks without positions and adapters": (
+        "zamba2",
+        {"use_mem_rope": False, "use_shared_attention_adapter": False, "add_bias_linear": True},
+    ),
     "biases, Mamba-1": ("mamba", {"use_bias": True, "use_conv_bias": False}),
     "another activation, Mamba-1": ("mamba", {"hidden_act": "relu"}),
 }

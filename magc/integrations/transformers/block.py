@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from magc.ambient import is_output_needed
 from magc.integrations.forward import Adapted, GridForward, Settings
-from magc.integrations.transformers.causal_lm import LMForward, TrunkForward, require_part
+from magc.integrations.transformers.causal_lm import Input, LMForward, TrunkForward, require_part
+from magc.integrations.transformers.head import Loss
 from magc.integrations.transformers.mixers import require_conv, rms_norm
+from magc.integrations.transformers.tokens import Tokens
 from magc.nn.operators import Choice, Impl, choose
 
 
@@ -31,7 +33,7 @@ class BlockLayer(nn.Module):
         self.impl: Impl = impl
         self.final_norm = final_norm
 
-    def mix(self, x_BLD: Tensor, state: Any, mask_BL: Tensor | None, *, output_needed: bool) -> tuple[Tensor, Any]:
+    def mix(self, x_BLD: Tensor, state: Any, tokens: Tokens, *, output_needed: bool) -> tuple[Tensor, Any]:
         """The mixer over a segment: its output, with any values unless it is needed, and the new state."""
         raise NotImplementedError
 
@@ -39,13 +41,21 @@ class BlockLayer(nn.Module):
         """Why the Triton kernels do not take the mixer's sizes; empty if they do."""
         raise NotImplementedError
 
-    def forward(self, x_BLD: Tensor, state: Any = None, *, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        state: Any = None,
+        *,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
         """Run a segment.
 
         Args:
             x_BLD: `(batch, length, hidden)`.
             state: of the mixer; None at the start of the sequence.
-            attention_mask: `(batch, length)`, 1 for tokens and 0 for padding; None without padding.
+            attention_mask: see `Tokens.mask`.
+            documents: see `Tokens`.
 
         Returns:
             The residual stream behind the block, normed behind the last one, and the new state.
@@ -56,7 +66,7 @@ class BlockLayer(nn.Module):
             x_BLD = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
         # The gradient of the final norm depends on what it norms.
         needed = self.final_norm is not None or is_output_needed()
-        hidden, new_state = self.mix(hidden, state, attention_mask, output_needed=needed)
+        hidden, new_state = self.mix(hidden, state, Tokens(attention_mask, documents), output_needed=needed)
         x_BLD = x_BLD + hidden
         return x_BLD if self.final_norm is None else rms_norm(self.final_norm, x_BLD, self.impl), new_state
 
@@ -108,7 +118,7 @@ def adapt_blocks(model: Any, settings: Settings, family: Family) -> Adapted:
         family.layer(block, settings.impl, trunk.norm_f if index == last else None)
         for index, block in enumerate(trunk.layers)
     )
-    forward = TrunkForward(trunk, grid, bypassed, known("Output"))
+    forward = TrunkForward(trunk, grid, bypassed, known("Output"), Input())
     forwards: tuple[GridForward, ...] = (forward,)
     mixer = family.prefix + "Mixer"
     notes = [
@@ -116,7 +126,7 @@ def adapt_blocks(model: Any, settings: Settings, family: Family) -> Adapted:
         f"no state with gradients from one segment to the next; its projections are called as modules"
     ]
     if trunk is not model:
-        head = LMForward(model, forward, known("CausalLMOutput"), logits=settings.logits)
+        head = LMForward(model, forward, known("CausalLMOutput"), Loss.of(settings))
         forwards += (head,)
-        notes.append(head.note)
-    return Adapted(grid, forwards, tuple(notes))
+        notes.append(head.loss.note)
+    return Adapted(grid, forwards, tuple(notes), has_loss=trunk is not model)

@@ -8,6 +8,9 @@ cross-entropy run inside the grid, segment by segment.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,56 +19,36 @@ from torch.nn import functional
 
 from magc.errors import InputError
 from magc.integrations.forward import GridForward, ModelGrid
-from magc.integrations.transformers.mixers import project
+from magc.integrations.transformers.head import IGNORED, Head, Loss, Stem
+from magc.integrations.transformers.routing import load_balancing_loss
+from magc.integrations.transformers.tokens import PACKING_ARGUMENTS, side_inputs
 
-IGNORED = -100
+_KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict")
 _CAPTURING = "transformers.utils.output_capturing"
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
-class Stem(nn.Module):
-    """Token ids to embeddings, inside the grid."""
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What a trunk does with its input.
 
-    def __init__(self, embeddings: nn.Module) -> None:
-        super().__init__()
-        self.embeddings = embeddings
+    Attributes:
+        attends: there are attention layers, which must know where a segment is.
+        scale: of embeddings.
+        scales_given: it multiplies inputs_embeds too.
+    """
 
-    def forward(self, ids_BL: Tensor) -> Tensor:
-        """`(batch, length)` ids to `(batch, length, hidden)`."""
-        x_BLD: Tensor = self.embeddings(ids_BL)
-        # `enable_input_require_grads` has a hook make frozen embeddings ask for a gradient, which nobody would read.
-        return x_BLD if x_BLD.grad_fn is not None else x_BLD.detach()
-
-
-class Head(nn.Module):
-    """Hidden states and targets to the summed cross-entropy of a segment."""
-
-    def __init__(self, projection: nn.Module) -> None:
-        super().__init__()
-        self.projection = projection
-
-    def forward(self, y_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum in float32 over targets other than `IGNORED`, and their number."""
-        weight = getattr(self.projection, "weight", None)
-        y_BLD = y_BLD if weight is None else y_BLD.to(weight.dtype)
-        logits_BLV = project(self.projection, y_BLD).float()
-        total = functional.cross_entropy(
-            logits_BLV.flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return total, (targets_BL != IGNORED).sum()
+    attends: bool = False
+    scale: float = 1.0
+    scales_given: bool = False
 
 
 class HookedForward(GridForward):
     """A forward in a model of transformers, which leaves hooks of its own on modules."""
 
-    def hooked(self, module: nn.Module) -> bool:
-        """Whether a bypassed module has hooks that would not run; those that capture hidden states are idle here."""
-        hooks: dict[int, Any] = vars(module)["_forward_hooks"]
-        idle = [hook for hook in hooks.values() if getattr(hook, "__module__", "") == _CAPTURING]
-        others = sum(
-            len(vars(module)[kind]) for kind in ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        )
-        return len(hooks) + others > len(idle)
+    def misses(self, hook: object) -> bool:
+        """Whether a hook on a bypassed module would be missed; those that capture hidden states are idle here."""
+        return super().misses(hook) and getattr(hook, "__module__", "") != _CAPTURING
 
 
 class TrunkForward(HookedForward):
@@ -76,12 +59,30 @@ class TrunkForward(HookedForward):
         grid: of its layers; the last one applies the trunk's final norm too.
         bypassed: as of `GridForward`.
         output: class of what the trunk returns.
+        takes_in: what the trunk does with its input.
     """
 
-    def __init__(self, trunk: Any, grid: ModelGrid, bypassed: dict[str, nn.Module], output: Any) -> None:
+    def __init__(
+        self, trunk: Any, grid: ModelGrid, bypassed: dict[str, nn.Module], output: Any, takes_in: Input
+    ) -> None:
         super().__init__(trunk, bypassed)
         self.grid = grid
         self.output = output
+        self.takes_in = takes_in
+        self.handed: dict[str, Any] = {}
+
+    @contextmanager
+    def handing(self, arguments: dict[str, Any]) -> Generator[None]:
+        """Calls of the trunk get these arguments too: some language models keep them for themselves."""
+        self.handed = arguments
+        try:
+            yield
+        finally:
+            self.handed = {}
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """See `GridForward.bind`."""
+        return {**super().bind(args, kwargs), **self.handed}
 
     def takes(self, call: dict[str, Any]) -> bool:
         """Whether a call trains without a cache.
@@ -92,8 +93,7 @@ class TrunkForward(HookedForward):
         trunk: Any = self.module
         if not caches(trunk, call):
             # Some language models hand the arguments of their loss to the trunk too.
-            known = ("input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", *_LOSS_ARGUMENTS)
-            refuse_unknown(trunk, call, known)
+            refuse_unknown(trunk, call, (*_KNOWN, *PACKING_ARGUMENTS, *_LOSS_ARGUMENTS))
             return True
         if trunk.training:
             raise InputError(
@@ -106,14 +106,38 @@ class TrunkForward(HookedForward):
     def run(self, call: dict[str, Any]) -> Any:
         """The last hidden state."""
         trunk: Any = self.module
-        stem, inputs = inputs_of(trunk, call)
-        x_BLD = inputs if stem is None else stem(inputs)
-        hidden, _ = self.grid(x_BLD, **self.side(call, x_BLD))
+        embeddings, inputs = self.inputs(call)
+        side = self.side(call, inputs)
+        x_BLD = inputs if embeddings is None else Stem(embeddings, self.takes_in.scale)(inputs)
+        hidden, _ = self.grid(x_BLD, **side)
         return self.output(last_hidden_state=hidden) if returns_dict(trunk, call) else (hidden,)
 
+    def inputs(self, call: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
+        """What makes embeddings of the input, None if these were given, and the input.
+
+        Raises:
+            InputError: not exactly one of input_ids and inputs_embeds was given.
+        """
+        embeddings, inputs = inputs_of(self.module, call)
+        scale = self.takes_in.scale if self.takes_in.scales_given else 1.0
+        return embeddings, inputs if embeddings is not None or scale == 1.0 else inputs * scale
+
     def side(self, call: dict[str, Any], inputs: Tensor) -> dict[str, Tensor | None]:
-        """Side inputs of the layers for a call; ``inputs`` are its ids or embeddings."""
-        return {"attention_mask": padding(call)}
+        """Side inputs of the layers for a call; ``inputs`` are its ids or embeddings.
+
+        Raises:
+            InputError: as `side_inputs`, or padding on the left of attention that is written out.
+        """
+        trunk: Any = self.module
+        side = side_inputs(call, inputs, attends=self.takes_in.attends)
+        mask = side["attention_mask"]
+        written_out = self.takes_in.attends and trunk.config._attn_implementation == "eager"
+        if written_out and mask is not None and bool((mask[:, 0] == 0).any()):
+            raise InputError(
+                'attn_implementation="eager" lets padded tokens in front attend to every token, later ones too. Pad on the '
+                'right, or use model.set_attn_implementation("sdpa")'
+            )
+        return side
 
 
 class LMForward(HookedForward):
@@ -123,57 +147,75 @@ class LMForward(HookedForward):
         model: the module; ``model.lm_head`` maps the trunk's output to logits.
         trunk: the forward of its trunk.
         output: class of what the model returns.
-        logits: whether logits are wanted beside a loss.
+        loss: how the loss is computed.
     """
 
-    def __init__(self, model: Any, trunk: TrunkForward, output: Any, *, logits: bool) -> None:
+    def __init__(self, model: Any, trunk: TrunkForward, output: Any, loss: Loss) -> None:
         super().__init__(model, {"the trunk": trunk.module, **trunk.bypassed})
         self.trunk = trunk
         self.output = output
-        self.logits = logits
-        self.stem = Stem(model.get_input_embeddings())
-        self.head = Head(model.lm_head)
+        self.loss = loss
+        self.stem = Stem(model.get_input_embeddings(), trunk.takes_in.scale)
+        self.head = Head(model.lm_head, loss)
 
     def takes(self, call: dict[str, Any]) -> bool:
-        """Whether a call's loss is computed inside the grid; otherwise the trunk decides for itself.
+        """Whether a call's loss is computed inside the grid, or the trunk must be told of packed rows.
+
+        Otherwise the model's own code runs, and the trunk decides for itself.
 
         Raises:
             InputError: as `TrunkForward.takes`, or the loss is not transformers' own.
         """
-        if self.logits or "labels" not in call:
-            return False
-        beside = ("labels", *_LOSS_ARGUMENTS)
+        if not self.computes_loss(call):
+            packed = any(name in call for name in PACKING_ARGUMENTS)
+            return packed and not caches(self.trunk.module, call)
+        beside = ("labels", *_LOSS_ARGUMENTS, *(("output_router_logits",) if self.routes else ()))
         if not self.trunk.takes({name: value for name, value in call.items() if name not in beside}):
             return False
         self._require_own_loss()
         return True
 
     @property
-    def note(self) -> str:
-        """How the loss is computed, for the report."""
-        if self.logits:
-            return "the loss is computed from whole logits, outside the grid and the budget (logits=True)"
-        return "with labels, head and cross-entropy run inside the grid, and the output's logits are None"
+    def routes(self) -> bool:
+        """Whether the model can add a loss of its routers."""
+        return hasattr(self.module, "router_aux_loss_coef")
+
+    def computes_loss(self, call: dict[str, Any]) -> bool:
+        """Whether a call is one for a loss without logits."""
+        return "labels" in call and not self.loss.logits
 
     def run(self, call: dict[str, Any]) -> Any:
-        """The loss, without logits."""
+        """The loss, without logits; or what the model's own code makes of the trunk's output."""
         model: Any = self.module
+        if not self.computes_loss(call):
+            packing = {name: call.pop(name) for name in PACKING_ARGUMENTS if name in call}
+            with self.trunk.handing(packing):
+                return self.own(**call)
         # Embeddings and head may have been replaced since (resized, tied anew, given LoRA).
         self.stem.embeddings, self.head.projection = model.get_input_embeddings(), model.lm_head
-        stem, inputs = inputs_of(self.trunk.module, call)
+        embeddings, inputs = self.trunk.inputs(call)
         items = call.get("num_items_in_batch")
         side: dict[str, Any] = self.trunk.side(call, inputs)
-        loss = self.trunk.grid.loss(
+        balances = self.routes and bool(call.get("output_router_logits", model.config.output_router_logits))
+        if balances:
+            # Its presence has layers with routers keep sums.
+            mask = side["attention_mask"]
+            side["routed"] = torch.ones(inputs.shape[:2], device=inputs.device) if mask is None else mask
+        loss, states = self.trunk.grid.loss_and_state(
             inputs,
             targets(call),
-            stem=None if stem is None else self.stem,
+            stem=None if embeddings is None else self.stem,
             head=self.head,
             reduction="mean" if items is None else "sum",
             **side,
         )
         if items is not None:
             loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
-        return self.output(loss=loss) if returns_dict(model, call) else (loss,)
+        more: dict[str, Tensor] = {}
+        if balances:
+            more["aux_loss"] = load_balancing_loss(states)
+            loss = loss + model.router_aux_loss_coef * more["aux_loss"]
+        return self.output(loss=loss, **more) if returns_dict(model, call) else (loss, *more.values())
 
     def _require_own_loss(self) -> None:
         own: Any = importlib.import_module("transformers.loss.loss_utils").ForCausalLMLoss
@@ -210,6 +252,8 @@ def refuse_unknown(module: nn.Module, call: dict[str, Any], known: tuple[str, ..
         return
     remedies = {
         "output_hidden_states": "hidden states of every layer are what the grid does not keep",
+        "output_router_logits": "the routers' logits of every token are what the grid does not keep; with labels, and "
+        "without logits=True, their loss is computed inside it",
         "logits_to_keep": "with labels no logits exist; leave it out, or wrap with logits=True",
     }
     why = "; ".join(remedies[name] for name in unknown if name in remedies)
@@ -232,21 +276,6 @@ def inputs_of(trunk: Any, call: dict[str, Any]) -> tuple[nn.Module | None, Tenso
     if isinstance(embeds, Tensor) and ids is None:
         return None, embeds
     raise InputError("give exactly one of input_ids and inputs_embeds, as a tensor")
-
-
-def padding(call: dict[str, Any]) -> Tensor | None:
-    """The attention mask, `(batch, length)`; None if nothing is padded.
-
-    Raises:
-        InputError: a mask of another form.
-    """
-    mask = call.get("attention_mask")
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"attention_mask must be (batch, length), 1 for tokens and 0 for padding; got {shape}")
-    return None if bool((mask == 1).all()) else mask
 
 
 def targets(call: dict[str, Any]) -> Tensor:

@@ -10,6 +10,7 @@ from magc.integrations.forward import Adapted, Settings
 from magc.integrations.transformers.block import Family, adapt_blocks
 from magc.integrations.transformers.mamba import MambaLayer
 from magc.integrations.transformers.mixers import selective_mixer
+from magc.integrations.transformers.tokens import Tokens
 from magc.nn.mamba import MambaState
 
 
@@ -17,13 +18,13 @@ class FalconMambaLayer(MambaLayer):
     """A `FalconMambaBlock` as a layer of the contract."""
 
     def mix(
-        self, x_BLD: Tensor, state: MambaState | None, mask_BL: Tensor | None, *, output_needed: bool
+        self, x_BLD: Tensor, state: MambaState | None, tokens: Tokens, *, output_needed: bool
     ) -> tuple[Tensor, MambaState]:
         """See `selective_mixer`."""
         block: Any = self.block
         mixer = block.mixer
         norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
-        return selective_mixer(mixer, x_BLD, state, mask_BL, self.impl, norms)
+        return selective_mixer(mixer, x_BLD, state, tokens, self.impl, norms)
 
 
 _FAMILY = Family(

@@ -9,6 +9,7 @@ from torch import Tensor
 from magc.integrations.forward import Adapted, Settings
 from magc.integrations.transformers.block import BlockLayer, Family, adapt_blocks
 from magc.integrations.transformers.mixers import selective_mixer, selective_obstacle
+from magc.integrations.transformers.tokens import Tokens
 from magc.nn.mamba import MambaState
 
 
@@ -16,11 +17,11 @@ class MambaLayer(BlockLayer):
     """A `MambaBlock` as a layer of the contract."""
 
     def mix(
-        self, x_BLD: Tensor, state: MambaState | None, mask_BL: Tensor | None, *, output_needed: bool
+        self, x_BLD: Tensor, state: MambaState | None, tokens: Tokens, *, output_needed: bool
     ) -> tuple[Tensor, MambaState]:
         """See `selective_mixer`."""
         block: Any = self.block
-        return selective_mixer(block.mixer, x_BLD, state, mask_BL, self.impl)
+        return selective_mixer(block.mixer, x_BLD, state, tokens, self.impl)
 
     def obstacle(self) -> str:
         """See `selective_obstacle`."""

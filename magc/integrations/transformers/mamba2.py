@@ -9,6 +9,7 @@ from torch import Tensor
 from magc.integrations.forward import Adapted, Settings
 from magc.integrations.transformers.block import BlockLayer, Family, adapt_blocks
 from magc.integrations.transformers.mixers import ssd_mixer, ssd_obstacle
+from magc.integrations.transformers.tokens import Tokens
 from magc.nn.mamba2_values import Mamba2State
 
 
@@ -16,11 +17,11 @@ class Mamba2Layer(BlockLayer):
     """A `Mamba2Block` as a layer of the contract."""
 
     def mix(
-        self, x_BLD: Tensor, state: Mamba2State | None, mask_BL: Tensor | None, *, output_needed: bool
+        self, x_BLD: Tensor, state: Mamba2State | None, tokens: Tokens, *, output_needed: bool
     ) -> tuple[Tensor, Mamba2State]:
         """See `ssd_mixer`."""
         block: Any = self.block
-        return ssd_mixer(block.mixer, x_BLD, state, mask_BL, self.impl, output_needed=output_needed)
+        return ssd_mixer(block.mixer, x_BLD, state, tokens, self.impl, output_needed=output_needed)
 
     def obstacle(self) -> str:
         """See `ssd_obstacle`."""

@@ -9,6 +9,7 @@ Shape letters: B batch, L length, D hidden size, E channels of the mixer, H head
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from magc.errors import LayerContractError
 from magc.integrations.transformers import fused
+from magc.integrations.transformers.tokens import Tokens
 from magc.nn.fused import hooked
 from magc.nn.mamba import TRITON_D_STATES as SELECTIVE_D_STATES
 from magc.nn.mamba import MambaState
@@ -25,6 +27,7 @@ from magc.nn.mamba2 import TRITON_HEADDIMS
 from magc.nn.mamba2_values import Mamba2State
 from magc.nn.norm import MAX_GROUP_SIZE
 from magc.nn.operators import Impl, Operators, operators
+from magc.nn.segments import last_document
 from magc_kernels.linear.autograd import linear
 
 Norm = Callable[[Tensor], Tensor]
@@ -55,7 +58,7 @@ def selective_mixer(
     mixer: Any,
     x_BLD: Tensor,
     state: MambaState | None,
-    mask_BL: Tensor | None,
+    tokens: Tokens,
     impl: Impl,
     norms: Sequence[Norm] = (),
 ) -> tuple[Tensor, MambaState]:
@@ -65,18 +68,19 @@ def selective_mixer(
         mixer: the module (`MambaMixer` and its like).
         x_BLD: `(batch, length, hidden)`.
         state: of the token before; None at the start.
-        mask_BL: 1 for tokens, 0 for padding, `(batch, length)`; None without padding.
+        tokens: which are padding, and which belong together.
         impl: see `magc.nn.operators.Impl`.
         norms: applied to the step's low-rank input, B and C (Falcon Mamba), none otherwise.
 
     Returns:
         The output, shaped as ``x_BLD``, and the state after the segment.
     """
-    x_BLE, z_BLE = project(mixer.in_proj, masked(x_BLD, mask_BL)).chunk(2, dim=-1)
+    x_BLE, z_BLE = project(mixer.in_proj, masked(x_BLD, tokens.mask)).chunk(2, dim=-1)
     N = mixer.ssm_state_size
     run = operators(impl, x_BLE.device, x_BLE.dtype, selective_obstacle(mixer))
-    x_BLE, conv_state = _convolve(run, mixer, x_BLE, None if state is None else state.conv)
-    x_BLE = masked(x_BLE, mask_BL)
+    before = None if state is None else state.seq_idx
+    x_BLE, conv_state = convolve(run, mixer, x_BLE, None if state is None else state.conv, tokens, before)
+    x_BLE = masked(x_BLE, tokens.mask)
     parts = torch.split(project(mixer.x_proj, x_BLE), [mixer.time_step_rank, N, N], dim=-1)
     if norms:
         parts = [norm(part) for norm, part in zip(norms, parts, strict=True)]
@@ -92,33 +96,48 @@ def selective_mixer(
         dt_bias=mixer.dt_proj.bias,
         dt_softplus=True,
         initial_state=None if state is None else state.ssm,
+        seq_idx=tokens.documents,
+        prev_seq_idx=before,
     )
-    return project(mixer.out_proj, y_BLE), MambaState(conv_state, ssm_state)
+    return project(mixer.out_proj, y_BLE), MambaState(conv_state, ssm_state, last_document(tokens.documents))
 
 
 def ssd_mixer(
     mixer: Any,
     x_BLD: Tensor,
     state: Mamba2State | None,
-    mask_BL: Tensor | None,
+    tokens: Tokens,
     impl: Impl,
     *,
     output_needed: bool = True,
+    scales: tuple[float, Tensor] | None = None,
 ) -> tuple[Tensor, Mamba2State]:
-    """A Mamba-2 mixer with a gated norm; arguments and results as of `selective_mixer`.
+    """A Mamba-2 mixer; returns what `selective_mixer` does.
 
-    Without padding, and where nothing hangs on the modules inside, Triton runs it as one operator; that leaves out what
-    only the output needs if this is not ``output_needed``.
+    Without padding, and where nothing hangs on the modules inside, Triton runs it as one operator.
+
+    Args:
+        mixer: the module (`Mamba2Mixer` and its like).
+        x_BLD: as of `selective_mixer`.
+        state: as of `selective_mixer`.
+        tokens: as of `selective_mixer`.
+        impl: as of `selective_mixer`.
+        output_needed: False lets the one operator leave out what only the output needs.
+        scales: of the input, and of each channel that the first projection makes (Falcon-H1); None: no such scales.
     """
     obstacle = ssd_obstacle(mixer)
-    if mask_BL is None and fused.runs_fused(mixer, x_BLD, impl, obstacle):
-        return fused.run(mixer, x_BLD, state, output_needed=output_needed)
+    if tokens.mask is None and scales is None and fused.runs_fused(mixer, x_BLD, impl, obstacle):
+        return fused.run(mixer, x_BLD, state, tokens.documents, output_needed=output_needed)
     H, P, G, N = mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
-    projected = project(mixer.in_proj, masked(x_BLD, mask_BL))
+    x_BLD = masked(x_BLD, tokens.mask)
+    projected = project(mixer.in_proj, x_BLD if scales is None else x_BLD * scales[0])
+    projected = projected if scales is None else projected * scales[1]
     z_BLE, xBC_BLE, dt_BLH = torch.split(projected, [H * P, mixer.conv_dim, H], dim=-1)
     run = operators(impl, projected.device, projected.dtype, obstacle)
-    xBC_BLE, conv_state = _convolve(run, mixer, xBC_BLE, None if state is None else state.conv)
-    x, B, C = torch.split(masked(xBC_BLE, mask_BL), [H * P, G * N, G * N], dim=-1)
+    before = None if state is None else state.seq_idx
+    xBC_BLE, conv_state = convolve(run, mixer, xBC_BLE, None if state is None else state.conv, tokens, before)
+    x, B, C = torch.split(masked(xBC_BLE, tokens.mask), [H * P, G * N, G * N], dim=-1)
+    norm = gated_norm(mixer)
     y_BLHP, ssm_state = run.ssd(
         x.unflatten(-1, (H, P)),
         dt_BLH,
@@ -126,20 +145,32 @@ def ssd_mixer(
         B.unflatten(-1, (G, N)),
         C.unflatten(-1, (G, N)),
         D=mixer.D,
+        z=z_BLE.unflatten(-1, (H, P)) if norm is None else None,
         dt_bias=mixer.dt_bias,
         dt_softplus=True,
         dt_limit=tuple(mixer.time_step_limit),
         initial_state=None if state is None else state.ssm,
+        seq_idx=tokens.documents,
+        prev_seq_idx=before,
         chunk_size=min(mixer.chunk_size, run.max_chunk_size),
     )
-    y_BLE = run.gated_rms_norm(
-        y_BLHP.flatten(-2),
-        z_BLE,
-        mixer.norm.weight,
-        eps=mixer.norm.variance_epsilon,
-        group_size=mixer.norm.group_size,
-    )
-    return project(mixer.out_proj, y_BLE), Mamba2State(conv_state, ssm_state)
+    y_BLE = y_BLHP.flatten(-2)
+    if norm is not None:
+        y_BLE = run.gated_rms_norm(y_BLE, z_BLE, mixer.norm.weight, **norm)
+    return project(mixer.out_proj, y_BLE), Mamba2State(conv_state, ssm_state, last_document(tokens.documents))
+
+
+def gated_norm(mixer: Any) -> dict[str, Any] | None:
+    """Options of the norm behind a Mamba-2 scan, as `gated_rms_norm` takes them; None if there is a gate only."""
+    norm = mixer.norm
+    if isinstance(norm, nn.Identity):
+        return None
+    size = getattr(norm, "group_size", None)
+    return {
+        "eps": norm.variance_epsilon,
+        "group_size": norm.weight.shape[0] // norm.n_groups if size is None else size,
+        "norm_before_gate": getattr(norm, "norm_before_gate", False),
+    }
 
 
 def rates(mixer: Any) -> Tensor:
@@ -154,8 +185,9 @@ def selective_obstacle(mixer: Any) -> str:
 
 def ssd_obstacle(mixer: Any) -> str:
     """Why the Triton kernels do not take a Mamba-2 mixer's sizes; empty if they do."""
-    if mixer.norm.group_size > MAX_GROUP_SIZE:
-        return f"{mixer.norm.group_size} features in a group are too many for the Triton norms"
+    norm = gated_norm(mixer)
+    if norm is not None and norm["group_size"] > MAX_GROUP_SIZE:
+        return f"{norm['group_size']} features in a group are too many for the Triton norms"
     if mixer.chunk_size < 16:
         return "the Triton scan takes no chunk_size under 16"
     head = _obstacle("head_dim", mixer.head_dim, TRITON_HEADDIMS)
@@ -176,8 +208,10 @@ def require_conv(name: str, mixer: Any) -> None:
         )
 
 
-def _convolve(run: Operators, mixer: Any, x_BLE: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The causal convolution and the activation behind it."""
+def convolve(
+    run: Operators, mixer: Any, x_BLE: Tensor, state: Tensor | None, tokens: Tokens, before_B: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A mixer's causal convolution and the activation behind it; ``before_B`` is the document of the token before."""
     inside = mixer.activation in ("silu", "swish")
     y_BLE, new_state = run.causal_conv1d(
         x_BLE,
@@ -185,8 +219,18 @@ def _convolve(run: Operators, mixer: Any, x_BLE: Tensor, state: Tensor | None) -
         mixer.conv1d.bias,
         activation="silu" if inside else None,
         initial_state=state,
+        seq_idx=tokens.documents,
+        prev_seq_idx=before_B,
     )
-    return y_BLE if inside else mixer.act(y_BLE), new_state
+    return y_BLE if inside else activation(mixer)(y_BLE), new_state
+
+
+def activation(mixer: Any) -> Callable[[Tensor], Tensor]:
+    """The function behind a mixer's convolution."""
+    act = getattr(mixer, "act", None)
+    if act is not None:
+        return cast(Callable[[Tensor], Tensor], act)
+    return cast(Any, importlib.import_module("transformers.activations")).ACT2FN[mixer.activation]
 
 
 def _obstacle(name: str, size: int, sizes: Sequence[int]) -> str:
