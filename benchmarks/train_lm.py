@@ -30,7 +30,6 @@ from magc.nn import Mamba2LM
 from magc.plan import Plan
 from magc.sizes import parse_tokens
 
-
 _SETTINGS = ("model", "tokens", "segment", "steps", "lr", "seed", "device")
 
 
@@ -79,6 +78,7 @@ def train(name: str, plan: Plan, runner: Any, options: argparse.Namespace, batch
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.losses.append(float(loss.detach()))
+            del loss
             run.left_bytes.append(meter.live_bytes)
             run.peak_bytes.append(meter.peak_bytes)
         _wait(device)
