@@ -20,6 +20,7 @@ class Preset:
 
 
 _BIG = ("--models", "2.7b")
+_WITHIN = ("--budget", "6GiB", "--host-budget", "112GiB")
 _BEYOND = ("--budget", "8GiB", "--host-budget", "112GiB")
 
 PRESETS: dict[str, Preset] = {
@@ -31,13 +32,13 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "flat": Preset(
-        "Is memory flat, and speed with it? One budget from 2^14 to 2^20 tokens, then with host memory beyond; under "
-        "both losses.",
+        "Is memory flat, and speed with it? One budget from 2^14 to 2^20 tokens, a larger one beyond, with host memory; "
+        "under both losses.",
         (
-            (*_BIG, "--lengths", "2^14..2^20", "--methods", "auto", "--budget", "6GiB"),
-            (*_BIG, "--lengths", "2^14..2^18", "--methods", "auto", "--budget", "6GiB", "--head", "full"),
+            (*_BIG, "--lengths", "2^14..2^20", "--methods", "auto", *_WITHIN),
+            (*_BIG, "--lengths", "2^14..2^18", "--methods", "auto", *_WITHIN, "--head", "full"),
             (*_BIG, "--lengths", "2^21,2^22", "--methods", "auto", *_BEYOND),
-            (*_BIG, "--lengths", "2^19,2^20", "--methods", "auto", "--budget", "6GiB", "--head", "full"),
+            (*_BIG, "--lengths", "2^19,2^20", "--methods", "auto", *_WITHIN, "--head", "full"),
         ),
     ),
     "frontier": Preset(

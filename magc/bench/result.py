@@ -52,7 +52,7 @@ class Result:
         predicted_seconds: of a step.
         expected_seconds: of a step that was too slow to run.
         host_bytes, disk_bytes: what the planner says of checkpoints in host memory and on disk.
-        pinned_bytes: host memory that was pinned.
+        pinned_bytes: host memory that was pinned, for earlier cases too.
         plan: in words.
     """
 

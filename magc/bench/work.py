@@ -24,7 +24,7 @@ from magc.errors import BudgetError, MagcError
 from magc.estimate import estimate
 from magc.forecast import Forecast
 from magc.nn import Mamba2LM
-from magc.pinned import PIECE_BYTES, PinnedBlock
+from magc.pinned import PIECE_BYTES, PinnedBlock, PinnedPool
 from magc.plan import Plan
 from magc.profile import profile
 from magc.request import Request
@@ -79,13 +79,19 @@ class Effort:
 class Grid(GridCheckpoint):
     """Measures costs as its own calls run, and says what it has pinned.
 
+    Args:
+        pools: pinned memory that other grids use too, for pinning takes longer than many a case.
+        arguments: of the base class, with ``options``.
+
     Attributes:
         accumulator: what makes the sums of gradients of the next calls.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *arguments: Any, pools: dict[torch.device, PinnedPool] | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.accumulator: MakesSums = GradAccumulator
+        if pools is not None:
+            self._pools = pools
 
     def _request(self, *args: Any, **kwargs: Any) -> Request:
         return replace(super()._request(*args, **kwargs), accumulator=self.accumulator)
@@ -204,7 +210,7 @@ class Prepared:
 
 
 class Workbench:
-    """Measures cases on one device; keeps the model of the last case, and what was measured to plan for it.
+    """Measures cases on one device; keeps the model of the last case, what was measured to plan for it, and pinned memory.
 
     Args:
         device: where models run, with bf16 weights on a GPU and fp32 on the CPU.
@@ -215,6 +221,7 @@ class Workbench:
         self._name: tuple[str, str] | None = None
         self._model: Mamba2LM | None = None
         self._costs: dict[tuple[Runner, Head], CostModel] = {}
+        self._pools: dict[torch.device, PinnedPool] = {}
 
     def measure(self, case: Case, effort: Effort | None = None, progress: Progress | None = None) -> Result:
         """Measure a case. What a step can fail with is a result: no memory, no plan, an error of magc.
@@ -319,7 +326,7 @@ class Workbench:
         head = model.head if case.head == "full" else LastToken(model.head)
         told("planning")
         plan = make_plan(case, self._costs_of(case, model, head), model.config)
-        grid = Grid(model.layers, plan, runner=case.runner, disk_dir=disk_dir)
+        grid = Grid(model.layers, plan, runner=case.runner, disk_dir=disk_dir, pools=self._pools)
         try:
             yield Prepared(case, plan, model, grid, head, *_batch(case, model.config.vocab_size, self.device))
         finally:
