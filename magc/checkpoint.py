@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from magc.distributed.fsdp import gathered
-from magc.errors import BudgetError, InputError, LayerContractError, PlanError
+from magc.errors import InputError, LayerContractError, PlanError
 from magc.function import apply_grid
 from magc.pinned import PinnedPool
 from magc.plan import Plan, PlanOrRule
@@ -18,7 +18,7 @@ from magc.request import Observer, Request, make_request, make_schedule, shape_k
 from magc.runners.graph import GraphCache
 from magc.stack import StackMemory, build_stack
 from magc.tree import Flat, PyTree
-from magc.units import format_bytes, parse_bytes
+from magc.units import parse_bytes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -285,24 +285,20 @@ class GridCheckpoint(nn.Module):
         """
         if self.plan is not None:
             return _resolve(self.plan, request)
-        from magc.planning import plan_request, with_notes
+        from magc.planning import plan_request
 
         assert self.budget is not None
         left = self.budget - gathered_bytes
 
         def make(budget: int, seq_len: int) -> Plan:
-            if budget <= 0:
-                raise BudgetError(
-                    f"a budget of {format_bytes(budget + gathered_bytes)} leaves nothing beside the "
-                    f"{format_bytes(gathered_bytes)} of parameters that FSDP gathers for a pass; give more than that"
-                )
-            use_disk = self.disk_dir is not None
-            plan = plan_request(
-                request, budget=budget, host_budget=self.host_budget, use_disk=use_disk, seq_len=seq_len
+            return plan_request(
+                request,
+                budget=budget,
+                host_budget=self.host_budget,
+                use_disk=self.disk_dir is not None,
+                seq_len=seq_len,
+                gathered_bytes=gathered_bytes,
             )
-            if not gathered_bytes:
-                return plan
-            return with_notes(plan, (f"{format_bytes(gathered_bytes)} more hold the parameters that FSDP gathers",))
 
         if self._agreement is not None and request.grad:
             return self._agreement.plan(request, left, make)

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 
 from magc.cost import CostModel
-from magc.errors import InputError
+from magc.distributed.fsdp import gathered
+from magc.errors import BudgetError, InputError
 from magc.estimate import estimate
 from magc.forecast import Forecast
 from magc.plan import Plan
@@ -19,7 +20,7 @@ from magc.profile import profile, sample_lengths
 from magc.request import Request, make_request, make_schedule
 from magc.stack import Stage, build_stack
 from magc.tree import PyTree
-from magc.units import parse_bytes
+from magc.units import format_bytes, parse_bytes
 
 Layer = Callable[..., Any]
 Progress = Callable[[str], None]
@@ -66,8 +67,11 @@ def plan(
         BudgetError: nothing fits; says the smallest budget that would.
         InputError, LayerContractError: as for a call.
     """
-    request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate)
-    return _plan(request, seq_len or request.inputs.length, parse_bytes(budget), _host(host_budget), disk, progress)
+    with gathered((stem, *layers, head), layers) as parameters:
+        request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate)
+        held = parameters.gathered_bytes
+        tokens = seq_len or request.inputs.length
+        return _plan(request, tokens, parse_bytes(budget) - held, _host(host_budget), disk, progress, held)
 
 
 def forecast(
@@ -94,9 +98,13 @@ def forecast(
     Raises:
         PlanError: the plan does not fit the layers or the length.
     """
-    request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate)
-    length = seq_len or request.inputs.length
-    axis = given.grid(len(layers), length).tokens
+    with gathered((stem, *layers, head), layers):
+        request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate)
+        return _forecast(given, request, seq_len or request.inputs.length, progress)
+
+
+def _forecast(given: Plan, request: Request, length: int, progress: Progress | None) -> Plan:
+    axis = given.grid(len(request.stack.layers), length).tokens
     wanted = {axis.part_length(0), axis.part_length(axis.parts - 1)}
     if isinstance(axis.size, tuple):
         wanted = set(axis.size)
@@ -139,13 +147,13 @@ def _implementations(stage: Stage, device: torch.device) -> Iterator[str]:
 
 
 def plan_request(
-    request: Request, *, budget: int, host_budget: int | None, use_disk: bool, seq_len: int | None = None
+    request: Request, *, budget: int, host_budget: int | None, use_disk: bool, seq_len: int, gathered_bytes: int
 ) -> Plan:
     """A plan for one call, measured on its own inputs (`GridCheckpoint` without a plan).
 
-    ``seq_len`` is the length to plan for, None that of the call.
+    ``budget`` is what is left beside the ``gathered_bytes`` of parameters that FSDP gathered for the call.
     """
-    return _plan(request, seq_len or request.inputs.length, budget, host_budget or 0, use_disk, None)
+    return _plan(request, seq_len, budget, host_budget or 0, use_disk, None, gathered_bytes)
 
 
 def lowest_layer(request: Request) -> int:
@@ -154,12 +162,20 @@ def lowest_layer(request: Request) -> int:
         return min(make_schedule(request, Plan(layers=1)).lowest, len(request.stack.layers) - 1)
 
 
-def _plan(request: Request, seq_len: int, budget: int, host: int, disk: bool, progress: Progress | None) -> Plan:
+def _plan(
+    request: Request, seq_len: int, budget: int, host: int, disk: bool, progress: Progress | None, gathered_bytes: int
+) -> Plan:
     if seq_len < 1:
         raise InputError(f"seq_len={seq_len}: a sequence has at least one token")
+    held = f"{format_bytes(gathered_bytes)} of parameters that FSDP gathers for a pass"
+    if gathered_bytes and budget <= 0:
+        raise BudgetError(
+            f"a budget of {format_bytes(budget + gathered_bytes)} leaves nothing beside the {held}; give more"
+        )
     costs = profile(request, limit_bytes=budget, progress=progress)
     planner = Planner(costs, seq_len, lowest_layer=lowest_layer(request), host=host > 0, disk=disk)
-    return with_notes(planner.plan(budget, host), stack_notes(request))
+    notes = (*stack_notes(request), *([f"beside the budget: {held}"] if gathered_bytes else []))
+    return with_notes(planner.plan(budget, host), notes)
 
 
 def _host(host_budget: int | str | None) -> int:

@@ -120,15 +120,17 @@ class Gathered:
     Attributes:
         units: in the order in which their forwards end.
         layers: the layers of the contract, whose states no policy casts.
+        root: the module around the stages that was entered too, None for none.
     """
 
     units: tuple[Unit, ...] = ()
     layers: tuple[nn.Module, ...] = ()
+    root: nn.Module | None = None
 
     @property
     def gathered_bytes(self) -> int:
-        """Memory that gathering the parameters took."""
-        return sum(unit.gathered_bytes for unit in self.units)
+        """Memory that gathering the stages' parameters took; a root's are there before its forward calls a grid."""
+        return sum(unit.gathered_bytes for unit in self.units if self.root not in unit.modules)
 
     @property
     def tokens(self) -> list[Tensor]:
@@ -205,8 +207,9 @@ def gathered(
                 left.append(unit)
         _require_gathered(modules, {id(param) for unit in left for param in unit.params})
         contract = tuple(layer for layer in layers if isinstance(layer, nn.Module))
-        with Gathered(tuple(left), contract).quiet():
-            yield Gathered(tuple(left), contract)
+        parameters = Gathered(tuple(left), contract, root)
+        with parameters.quiet():
+            yield parameters
     finally:
         # Also after an error, or FSDP would take the next forward for the same one.
         for unit in [*left, *(unit for unit in reversed(entered) if unit not in left)]:

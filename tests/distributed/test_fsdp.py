@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Shard
 
+import magc
 from magc import GridCheckpoint, Plan
 from magc.distributed import fsdp
 from magc.errors import BudgetError, InputError
@@ -31,8 +38,27 @@ from tests.magc.layers import WIDTH, assert_same_bits, assert_same_gradients, gr
 
 
 # ---------------------------------------------------------------------- exact, and as many collectives
-def compare(rank: int, plan: Plan, root: bool, options: dict[str, Any]) -> None:
-    x = batches()
+def settings(name: str) -> dict[str, Any]:
+    """Arguments of fully_shard by name; some exist in the ranks' processes only."""
+    match name:
+        case "kept after the forward":
+            return {"reshard_after_forward": False}
+        case "kept in smaller groups after the forward":
+            return {"reshard_after_forward": 1}
+        case "replicated over shards":
+            return {"mesh": init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))}
+        case "replicated":
+            return {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))}
+        case "offloaded":
+            return {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+        case "cut along the last axis":
+            return {"shard_placement_fn": lambda parameter: Shard(parameter.dim() - 1)}
+        case _:
+            return {}
+
+
+def compare(rank: int, plan: Plan, root: bool, name: str = "") -> None:
+    x, options = batches(), settings(name)
     in_turn, on_grid = InTurn(sharded(make_layers(), **options)), OnGrid(sharded(make_layers(), **options), plan)
     if root:
         fully_shard(in_turn)
@@ -45,23 +71,52 @@ def compare(rank: int, plan: Plan, root: bool, options: dict[str, Any]) -> None:
                 loss_of(model(x[rank])).backward()
             counts.append(collectives.counts)
         assert counts[0] == counts[1]
-        assert counts[1]["_reduce_scatter_base_"] == len(KINDS)
+        assert len(KINDS) in counts[1].values()
         assert_same_gradients(whole_gradients(on_grid), expected(make_layers(), x))
     assert all(isinstance(parameter, DTensor) for parameter in on_grid.parameters())
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_gradients_and_collectives_are_those_without_a_grid(ranks: Ranks, name: str) -> None:
-    ranks.run(compare, PLANS[name], True, {})
+    ranks.run(compare, PLANS[name], True)
 
 
 def test_layers_without_a_root(ranks: Ranks) -> None:
-    ranks.run(compare, PLANS["layers x segments"], False, {})
+    ranks.run(compare, PLANS["layers x segments"], False)
 
 
-@pytest.mark.parametrize("reshard", [True, False, 1])
-def test_resharding_is_left_to_fsdp(ranks: Ranks, reshard: bool | int) -> None:
-    ranks.run(compare, PLANS["layers x segments"], True, {"reshard_after_forward": reshard})
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kept after the forward",
+        "kept in smaller groups after the forward",
+        "replicated over shards",
+        "replicated",
+        "offloaded",
+        "cut along the last axis",
+    ],
+)
+def test_settings_are_fsdps(ranks: Ranks, name: str) -> None:
+    ranks.run(compare, PLANS["layers x segments"], True, name)
+
+
+def kept_gathered(rank: int) -> None:
+    """Parameters stay from step to step, as for accumulated gradients."""
+    x = batches()
+    model = OnGrid(sharded(make_layers(), reshard_after_forward=False), PLANS["layers x segments"])
+    fully_shard(model)
+    model.set_reshard_after_backward(False)
+    loss_of(model(x[rank])).backward()
+    with Collectives() as collectives:
+        loss_of(model(x[rank])).backward()
+    assert collectives.counts == {"_reduce_scatter_base_": len(KINDS)}
+    for layer in model.grid.layers:
+        layer.reshard()
+    assert_same_gradients(whole_gradients(model), [2 * grad for grad in expected(make_layers(), x)])
+
+
+def test_parameters_may_stay_gathered(ranks: Ranks) -> None:
+    ranks.run(kept_gathered)
 
 
 def differing(rank: int) -> None:
@@ -234,7 +289,7 @@ def test_inference(ranks: Ranks) -> None:
 # ---------------------------------------------------------------------- budgets
 def planning(rank: int) -> None:
     x = batches()
-    grid = GridCheckpoint(sharded(make_layers()), budget="1MiB")
+    grid = fully_shard(GridCheckpoint(sharded(make_layers()), budget="1MiB"))
     whole = GridCheckpoint(make_layers(), budget="1MiB")
     nbytes = sum(parameter.numel() * parameter.element_size() for parameter in whole.parameters())
     plan, reference = grid.plan_for(x[rank]), whole.plan_for(x[rank])
@@ -242,6 +297,10 @@ def planning(rank: int) -> None:
     assert reference.forecast is not None
     assert (reference.forecast.budget, plan.forecast.budget) == (2**20, 2**20 - nbytes)
     assert "parameters that FSDP gathers" in plan.explain()
+    by_hand = magc.plan(sharded(make_layers()), x[rank], budget="1MiB")
+    assert by_hand.forecast is not None
+    assert by_hand.forecast.budget == plan.forecast.budget
+    assert magc.forecast(Plan(tokens=2), sharded(make_layers()), x[rank]).forecast is not None
     loss_of(grid(x[rank])[0]).backward()
     assert_same_gradients(whole_gradients(grid), expected(make_layers(), x))
     with pytest.raises(BudgetError, match=r"leaves nothing beside the .* of parameters that FSDP gathers"):
