@@ -57,7 +57,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything; changes nothing and allocates next to nothing."""
-    return [*_versions(), *_devices(), *_implementations(), *_extras(), *_places()]
+    return [*_versions(), *_devices(), *_implementations(), *_extras(), *_known_faults(), *_places()]
 
 
 def as_text(findings: list[Finding]) -> str:
@@ -248,6 +248,23 @@ def _extras() -> Iterator[Finding]:
             yield Finding("extras", extra, "absent", detail)
         else:
             yield Finding("extras", extra, "ok", ", ".join(f"{name} {_installed(name)}" for name in names))
+
+
+def _known_faults() -> Iterator[Finding]:
+    """Faults of installed packages that show in training only."""
+    if find_spec("fla") is None or find_spec("triton") is None or not torch.cuda.is_available():
+        return
+    triton = tuple(int(part) for part in re.findall(r"\d+", metadata.version("triton"))[:3])
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    if hopper and (3, 4, 0) <= triton < (3, 7, 1) and find_spec("tilelang") is None:
+        yield Finding(
+            "extras",
+            "flash-linear-attention",
+            "problem",
+            f"refuses the backward of its scalar-gated layers (Gated DeltaNet, Comba, simple GLA and what is built on them) "
+            f"on this GPU with Triton {metadata.version('triton')}, which miscompiles it; install Triton 3.7.1 or newer, or "
+            f"pip install tilelang",
+        )
 
 
 def _places() -> Iterator[Finding]:

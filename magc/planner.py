@@ -81,6 +81,11 @@ class Planner:
         plan, _ = self._table.smallest(host)
         return Candidate(plan, self._estimate(plan))
 
+    def smallest_budget(self, host: int = 0) -> int:
+        """The smallest device budget in bytes that `plan` finds a plan for."""
+        _, peak = self._table.smallest(host)
+        return math.ceil(peak / (1 - MARGIN)) + 1
+
     def frontier(self, host: int = 0, points: int = 24) -> list[Candidate]:
         """The choices for budgets from the least that works to where nothing is recomputed, each faster than the last."""
         _, low = self._table.smallest(host)
@@ -113,8 +118,8 @@ class Planner:
         )
 
     def _no_fit(self, budgets: Budgets) -> str:
-        plan, peak = self._table.smallest(budgets.host)
-        needed = math.ceil(peak / (1 - MARGIN)) + 1
+        plan, _ = self._table.smallest(budgets.host)
+        needed = self.smallest_budget(budgets.host)
         terms = sorted(self._estimate(plan).breakdown.items(), key=lambda row: -row[1])[:3]
         shown = ", ".join(f"{format_bytes(nbytes)} {term}" for term, nbytes in terms if nbytes)
         more = "" if budgets.host or self._costs.host_is_device else " A host_budget lets checkpoints leave the device."

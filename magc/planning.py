@@ -172,10 +172,24 @@ def _plan(
         raise BudgetError(
             f"a budget of {format_bytes(budget + gathered_bytes)} leaves nothing beside the {held}; give more"
         )
-    costs = profile(request, limit_bytes=budget, progress=progress)
-    planner = Planner(costs, seq_len, lowest_layer=lowest_layer(request), host=host > 0, disk=disk)
     notes = (*stack_notes(request), *([f"beside the budget: {held}"] if gathered_bytes else []))
-    return with_notes(planner.plan(budget, host), notes)
+    return with_notes(_measured_plan(request, seq_len, budget, host, disk, progress), notes)
+
+
+def _measured_plan(
+    request: Request, seq_len: int, budget: int, host: int, disk: bool, progress: Progress | None
+) -> Plan:
+    """Measure and plan; before a budget is refused, also with longer segments measured than fit into it."""
+    limit, longest, lowest = budget, 0, lowest_layer(request)
+    while True:
+        costs = profile(request, limit_bytes=limit, progress=progress)
+        planner = Planner(costs, seq_len, lowest_layer=lowest, host=host > 0, disk=disk)
+        try:
+            return planner.plan(budget, host)
+        except BudgetError:
+            if costs.longest_sample == longest:
+                raise
+        longest, limit = costs.longest_sample, planner.smallest_budget(host)
 
 
 def _host(host_budget: int | str | None) -> int:

@@ -77,7 +77,8 @@ def profile(
     started = time.perf_counter()
     try:
         for length in wanted:
-            if samples and (
+            # Of one length alone nothing is known about another: what a stage keeps may be all state, or all activation.
+            if len(samples) > 1 and (
                 time.perf_counter() - started > PROFILE_SECONDS
                 or (limit_bytes is not None and _peak(samples, length) > limit_bytes)
             ):
@@ -92,8 +93,10 @@ def profile(
 
 
 def _peak(samples: dict[int, list[StageSample]], length: int) -> float:
-    last = max(samples)
-    return sum(sample.kept_bytes + sample.backward_peak for sample in samples[last]) * length / last
+    """Bytes that measuring a length would take, from the lengths so far."""
+    by_stage = zip(*(row for _, row in sorted(samples.items())), strict=True)
+    expected = [StageCost(stage, 0, 0, 0).at(length) for stage in by_stage]
+    return sum(sample.kept_bytes + sample.backward_peak for sample in expected)
 
 
 # ---------------------------------------------------------------------- one length

@@ -30,6 +30,23 @@ for _family, _prefix in _FAMILIES.items():
     for _name in (f"{_prefix}Model", f"{_prefix}ForCausalLM"):
         _ADAPTERS[f"{_HF}.{_family}.modeling_{_family}.{_name}"] = f"magc.integrations.transformers.{_family}"
 
+for _name in ("MambaLMHeadModel", "MixerModel"):
+    _ADAPTERS[f"mamba_ssm.models.mixer_seq_simple.{_name}"] = "magc.integrations.mamba_ssm"
+
+_FLA_FAMILIES = {
+    "delta_net": "DeltaNet",
+    "gated_deltanet": "GatedDeltaNet",
+    "gla": "GLA",
+    "gsa": "GSA",
+    "kda": "KDA",
+    "linear_attn": "LinearAttention",
+    "retnet": "RetNet",
+    "rwkv7": "RWKV7",
+}
+for _family, _prefix in _FLA_FAMILIES.items():
+    for _name in (f"{_prefix}Model", f"{_prefix}ForCausalLM"):
+        _ADAPTERS[f"fla.models.{_family}.modeling_{_family}.{_name}"] = "magc.integrations.fla.models"
+
 _UNKNOWN = (
     "For other models give layers with y, new_state = layer(x, state) to magc.GridCheckpoint, or teach wrap the class with "
     "magc.integrations.registry.register"

@@ -156,6 +156,21 @@ def test_bfloat16_is_as_close_to_the_truth(family: str) -> None:
     assert error(wrapped) <= 1.5 * error(rounded)
 
 
+@pytest.mark.parametrize("products", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", ["granite", "nemotron_h", "qwen3_next"])
+def test_other_products_of_experts(family: str, products: str) -> None:
+    model = FAMILIES[family]()
+    model.set_experts_implementation(products)
+    wrapped = wrapped_copy(model, PLANS["ragged"])
+    inputs = batch("right")
+    expected = model(**inputs, labels=labels_of(inputs)).loss
+    actual = wrapped(**inputs, labels=labels_of(inputs)).loss
+    assert_same(actual, expected, TOLERANCE)
+    expected.backward()
+    actual.backward()
+    assert_same_gradients(wrapped, model, TOLERANCE)
+
+
 @pytest.mark.parametrize("family", ["mamba2", "bamba"])
 def test_autocast(family: str) -> None:
     model = FAMILIES[family]()

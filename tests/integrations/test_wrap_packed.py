@@ -190,3 +190,17 @@ def test_a_copy_of_the_batch_is_left_alone() -> None:
     before = copy.deepcopy(batch)
     wrap(mamba2(), plan=PLANS["ragged"])(**batch).loss.backward()
     assert all(torch.equal(batch[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "bamba"])
+def test_packed_rows_with_logits_beside_the_loss(family: str) -> None:
+    model = FAMILIES[family]()
+    twin = wrapped_copy(model, PLANS["ragged"], logits=True)
+    batch = PackingCollator()(documents())
+    items = items_of(batch)
+    expected, actual = alone(model, items), twin(**batch, num_items_in_batch=items)
+    assert_same(actual.loss, expected, 1e-5)
+    assert actual.logits.shape[:2] == batch["input_ids"].shape
+    expected.backward()
+    actual.loss.backward()
+    assert_same_gradients(twin, model, 1e-5)

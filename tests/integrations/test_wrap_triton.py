@@ -24,6 +24,7 @@ from tests.integrations.models import (
     batch,
     falcon_mamba,
     mamba2,
+    qwen3_next,
 )
 
 PLAN = Plan(layers=1, tokens=(1, 5))
@@ -87,6 +88,22 @@ def test_a_mixer_is_one_operator(labels: bool, runs: list[bool]) -> None:
     assert not all(runs)
 
 
+def test_packed_rows_are_one_operator_too(runs: list[bool]) -> None:
+    model = mamba2(**SIZES)
+    ids = short(None)["input_ids"]
+    wrapped = wrap(copy.deepcopy(model).to(DEVICE), plan=PLAN, impl="triton")
+    documents = torch.tensor([[0, 0, 1, 1, 1, 1]], device=DEVICE)
+    truth = copy.deepcopy(model).double()
+    with InDouble():
+        expected = torch.cat([truth(ids[:, :2]).logits, truth(ids[:, 2:]).logits], dim=1)
+        expected.square().sum().backward()
+    actual = wrapped(ids.to(DEVICE), seq_idx=documents).logits
+    actual.square().sum().backward()
+    assert len(runs) > 0
+    assert_same(actual.cpu(), expected.float(), TOLERANCE)
+    assert_same_gradients(wrapped.cpu().double(), truth, TOLERANCE)
+
+
 def test_padding_takes_separate_operators(runs: list[bool]) -> None:
     compare(mamba2(**SIZES), short("left"), labels=True)
     assert runs == []
@@ -108,3 +125,8 @@ def test_attention_beside_it() -> None:
     sizes = {"hidden_size": 16, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
     more = {"num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_chunk_size": 16, "num_attention_heads": 2}
     compare(bamba(**sizes, **more, num_key_value_heads=1), short(None), labels=True)
+
+
+def test_the_norms_of_a_delta_rule() -> None:
+    sizes = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "num_experts": 0}
+    compare(qwen3_next(**sizes, linear_conv_kernel_dim=2), short("right"), labels=True)
