@@ -39,11 +39,14 @@ def module() -> Iterator[types.ModuleType]:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_snippets_run(page: Path, module: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after another, each going on from the one before, in an empty folder."""
-    if "transformers" in page.read_text(encoding="utf-8"):
-        pytest.importorskip("transformers")
-        pytest.importorskip("accelerate")
+    text = page.read_text(encoding="utf-8")
+    for package in ("transformers", "accelerate", "lightning"):
+        if package in text:
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     for snippet in snippets(page):
         exec(compile(snippet, str(page), "exec"), vars(module))
