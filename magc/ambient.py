@@ -17,7 +17,7 @@ from torch import Tensor
 
 class _Pass(threading.local):
     recomputing: bool = False
-    output_needed: bool = True
+    unread: object = None
 
 
 _PASS = _Pass()
@@ -38,24 +38,31 @@ def recomputing() -> Generator[None]:
         _PASS.recomputing = before
 
 
-def is_output_needed() -> bool:
-    """Whether anybody will read the values of what the running layer returns as its output.
+def is_output_needed(layer: object) -> bool:
+    """Whether anybody will read the values of what a layer returns as its output.
 
     False for the last layer of a cell that is recomputed for its backward: the output was handed on long ago, and only
-    gradients will pass through it. A layer may then skip what only its output needs and return a tensor of the right
+    gradients will pass through it. The layer may then skip what only its output needs and return a tensor of the right
     shape and type with any values. New states are not needed either.
+
+    Args:
+        layer: the one that asks, usually ``self``. True for a module inside a layer: what is around it may compute
+            with its output, and only the layer of the stack knows; see `output_unneeded`.
     """
-    return _PASS.output_needed
+    return _PASS.unread is None or _PASS.unread is not layer
 
 
 @contextmanager
-def output_unneeded() -> Generator[None]:
-    """Mark the output of the layer that the calling thread runs as one that nobody will read."""
-    before, _PASS.output_needed = _PASS.output_needed, False
+def output_unneeded(layer: object) -> Generator[None]:
+    """Mark the output of a layer as one that nobody will read.
+
+    For the grid, and for a layer that passes the output of one inside of it on as its own.
+    """
+    before, _PASS.unread = _PASS.unread, layer
     try:
         yield
     finally:
-        _PASS.output_needed = before
+        _PASS.unread = before
 
 
 @dataclass(frozen=True, slots=True)

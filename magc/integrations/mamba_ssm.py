@@ -9,12 +9,14 @@ Shape letters: B batch, L length, D hidden size.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from magc.ambient import is_output_needed, output_unneeded
 from magc.errors import InputError, LayerContractError
 from magc.integrations.forward import Adapted, GridForward, ModelGrid, Settings
 from magc.integrations.transformers.head import IGNORED, Head, Loss, Stem
@@ -119,7 +121,10 @@ class BlockLayer(nn.Module):
         block: Any = self.block
         hidden, residual = (x, None) if isinstance(x, Tensor) else x
         hidden, residual = self._add_norm(block.norm, hidden, residual)
-        hidden, new_state = self.mixer(hidden, state, seq_idx=seq_idx)
+        # An MLP and the final norm compute with the mixer's output.
+        needed = block.mlp is not None or self.final_norm is not None or is_output_needed(self)
+        with nullcontext() if needed else output_unneeded(self.mixer):
+            hidden, new_state = self.mixer(hidden, state, seq_idx=seq_idx)
         if block.mlp is not None:
             hidden, residual = self._add_norm(block.norm2, hidden, residual)
             hidden = block.mlp(hidden)

@@ -7,6 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from magc.ambient import is_output_needed
 from magc.nn import fused
 from magc.nn.mamba2 import Mamba2
 from magc.nn.mamba2_values import Mamba2Options, Mamba2State
@@ -82,7 +83,8 @@ class Mamba2Block(nn.Module):
         """
         hidden, residual = (x, None) if isinstance(x, Tensor) else x
         if fused.runs_fused(self.mixer, hidden, self.norm) and not fused.hooked(self.mixer):
-            hidden, residual, new_state = fused.run(self.mixer, hidden, state, seq_idx, (self.norm, residual))
+            around, needed = (self.norm, residual), is_output_needed(self)
+            hidden, residual, new_state = fused.run(self.mixer, hidden, state, seq_idx, around, output_needed=needed)
             assert residual is not None
             return (hidden, residual), new_state
         hidden, residual = self.norm(hidden, residual)

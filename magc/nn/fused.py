@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from magc.ambient import is_output_needed
 from magc.nn import segments
 from magc.nn.linear import Linear
 from magc.nn.mamba2_values import Mamba2State
@@ -57,6 +56,8 @@ def run(
     state: Mamba2State | None,
     seq_idx: Tensor | None,
     block: tuple[AddRMSNorm, Tensor | None] | None = None,
+    *,
+    output_needed: bool,
 ) -> tuple[Tensor, Tensor | None, Mamba2State]:
     """Run one segment on the Triton kernels; see `magc_kernels.mamba2.autograd`.
 
@@ -66,6 +67,7 @@ def run(
         state: as in `Mamba2.forward`.
         seq_idx: as in `Mamba2.forward`.
         block: the norm in front of the layer and the residual that it adds, if it is part of this.
+        output_needed: see `magc.ambient.is_output_needed`.
 
     Returns:
         The output, the residual that comes out of the norm in front, and the new state.
@@ -92,7 +94,7 @@ def run(
             layer.configs,
         ),
         keep=layer.keep,
-        output_needed=is_output_needed(),
+        output_needed=output_needed,
     )
     return out.y, out.residual, Mamba2State(out.conv_state, out.ssm_state, segments.last_document(seq_idx))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from magc.ambient import is_output_needed
 from magc.errors import InputError
 from magc.nn import fused, segments
 from magc.nn.linear import Linear
@@ -205,7 +206,7 @@ class Mamba2(nn.Module):
         """
         segments.check_segment("Mamba2", x_BLD, self.d_model, seq_idx)
         if fused.runs_fused(self, x_BLD):
-            y, _, new_state = fused.run(self, x_BLD, state, seq_idx)
+            y, _, new_state = fused.run(self, x_BLD, state, seq_idx, output_needed=is_output_needed(self))
             return y, new_state
         z0, x0, z, xBC, dt = torch.split(self.in_proj(x_BLD), self._in_proj_sizes, dim=-1)
         self.check_state(state, xBC.shape[0], xBC.device, xBC.dtype, seq_idx)

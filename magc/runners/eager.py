@@ -195,7 +195,7 @@ class EagerRunner:
                         # It is a checkpoint, or the caller's own: an error alone would come too late for it.
                         state = state.map(duplicate)
                     unread = not output_needed and stage is stages[-1]
-                    with output_unneeded() if unread else nullcontext():
+                    with output_unneeded(stage.call) if unread else nullcontext():
                         x, new_state = call_layer(
                             stage.name, stage.call, x, state, inputs.side, stateless_layer=stage.stateless
                         )

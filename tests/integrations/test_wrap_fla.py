@@ -282,7 +282,10 @@ def test_with_its_own_kernels(family: str, dtype: torch.dtype) -> None:
     """Gradients are off from a float32 model's by no more than those of the model in one piece."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 256, "intermediate_size": 256}
     heads = {"head_dim": 64} if family in ("rwkv7", "gated_deltanet", "kda") else {"num_heads": 2}
-    truth = make(family, **{**sizes, "fuse_norm": True, "fuse_swiglu": True, **heads}).cuda()
+    sizes |= {"fuse_norm": True, "fuse_swiglu": True, **heads}
+    model = make(family, **sizes).cuda()
+    # Its chunked delta rule takes no float32; the recurrent one does.
+    truth = make(family, **sizes, **({"attn_mode": "fused_recurrent"} if family == "delta_net" else {})).cuda()
     ids = torch.randint(3, 256, (2, 300), generator=torch.Generator().manual_seed(1)).cuda()
 
     def gradients(model: Any) -> list[Tensor]:
@@ -292,7 +295,11 @@ def test_with_its_own_kernels(family: str, dtype: torch.dtype) -> None:
     def error(found: list[Tensor], expected: list[Tensor]) -> float:
         return sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True)) ** 0.5
 
-    plain, ours = copy.deepcopy(truth).to(dtype), wrap(copy.deepcopy(truth).to(dtype), plan=Plan(layers=2, tokens=128))
+    plain, ours = copy.deepcopy(model).to(dtype), wrap(copy.deepcopy(model).to(dtype), plan=Plan(layers=2, tokens=128))
+    try:
+        theirs = gradients(plain)
+    except (AssertionError, RuntimeError) as refusal:
+        pytest.skip(f"flash-linear-attention itself cannot train it here: {refusal}")
     expected = gradients(truth)
     size = sum(float(grad.square().sum()) for grad in expected) ** 0.5
-    assert error(gradients(ours), expected) <= max(1.5 * error(gradients(plain), expected), 2e-3 * size)
+    assert error(gradients(ours), expected) <= max(1.5 * error(theirs, expected), 2e-3 * size)

@@ -16,7 +16,9 @@ import magc_kernels.mamba2.autograd as fused_operator
 from magc import Plan
 from magc.integrations.transformers.fused import runs_fused
 from magc.integrations.wrap import wrap
+from tests.integrations import mamba_ssm_modules
 from tests.integrations.models import (
+    VOCABULARY,
     InDouble,
     assert_same,
     assert_same_gradients,
@@ -130,3 +132,21 @@ def test_attention_beside_it() -> None:
 def test_the_norms_of_a_delta_rule() -> None:
     sizes = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "num_experts": 0}
     compare(qwen3_next(**sizes, linear_conv_kernel_dim=2), short("right"), labels=True)
+
+
+def test_models_of_mamba_ssm() -> None:
+    """The last block norms its mixer's output, and blocks with an MLP go on with it."""
+    mixers = [mamba_ssm_modules.Mamba2(16, headdim=16, d_state=16, ngroups=1) for _ in range(3)]
+    model = mamba_ssm_modules.MambaLMHeadModel(VOCABULARY, 16, mixers)
+    model.backbone.layers[0].mlp, model.backbone.layers[0].norm2 = torch.nn.Linear(16, 16), torch.nn.RMSNorm(16, 1e-5)
+    for mixer in mixers:
+        mixer.chunk_size = 16
+    ids = short(None)["input_ids"].to(DEVICE)
+    found: list[Any] = []
+    for impl, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        twin = copy.deepcopy(model).to(DEVICE, dtype).train()
+        loss = wrap(twin, plan=PLAN, impl=impl)(ids, labels=ids).loss
+        loss.backward()
+        found.append((loss, twin))
+    assert_same(found[0][0], found[1][0].float(), TOLERANCE)
+    assert_same_gradients(found[0][1].double(), found[1][1], TOLERANCE)

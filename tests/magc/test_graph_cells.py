@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from magc.nn import Mamba2Block
 from magc.planning import with_forecast
 from magc.profile import profile
 from magc.request import Request
-from magc.runners.capture import CaptureError, Replay
+from magc.runners.capture import CaptureError, CudaCapturer, Replay
 from magc.runners.graph import GraphCache
 from tests.magc.layers import WIDTH, floating, gradients, make_stack, objective
 from tests.magc.strategies import Case, cases
@@ -206,3 +207,20 @@ def test_a_budget_holds_and_replays_are_timed() -> None:
         y, _ = graphed(x)
         sum(leaf.sum() for leaf in y).backward()
     assert meter.peak_bytes <= 3 * 2**20
+
+
+def test_noticing_waits_needs_no_leave_to_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch warns where its mode is switched on, and the switch goes back even if a warning is an error."""
+    modes = ["default"]
+
+    def switch(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switch)
+    with CudaCapturer(torch.device("cuda")).waits() as found:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    assert found == ["called a synchronizing CUDA operation"]
+    assert modes == ["default", "warn", "default"]

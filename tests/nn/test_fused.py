@@ -116,6 +116,31 @@ def test_recomputed_cells_skip_their_last_output(monkeypatch: pytest.MonkeyPatch
     assert seen == [True, False]
 
 
+class Around(nn.Module):
+    """A layer of somebody else's whose gradients need what the Mamba-2 layer inside returns."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        y, state = self.inner(x, state)
+        return x + y.sigmoid(), state
+
+
+def test_a_layer_inside_another_never_skips_its_output() -> None:
+    layers = nn.ModuleList([Around(make(Mamba2)), Around(make(Mamba2))])
+    plain = as_reference(layers)
+    x = segment(0, 1, 24, torch.float32)
+    y, _ = magc.GridCheckpoint(list(layers), Plan(layers=1, tokens=8))(x)
+    out = x.double()
+    for layer in plain:
+        out, _ = layer(out)
+    truth = gradients(plain, [out])
+    for name, grad in gradients(layers, [y]).items():
+        assert_close(grad, truth[name], 10 * TOLERANCE, name)
+
+
 def test_a_hook_on_a_part_keeps_the_parts_apart_and_runs() -> None:
     block = make()
     x = segment(0, 1, 16, torch.float32)

@@ -65,7 +65,7 @@ class BlockLayer(nn.Module):
         if block.residual_in_fp32:
             x_BLD = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
         # The gradient of the final norm depends on what it norms.
-        needed = self.final_norm is not None or is_output_needed()
+        needed = self.final_norm is not None or is_output_needed(self)
         hidden, new_state = self.mix(hidden, state, Tokens(attention_mask, documents), output_needed=needed)
         x_BLD = x_BLD + hidden
         return x_BLD if self.final_norm is None else rms_norm(self.final_norm, x_BLD, self.impl), new_state
