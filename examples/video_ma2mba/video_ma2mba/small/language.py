@@ -1,0 +1,201 @@
+"""First part of the small base: a Mamba-2 that learns from stand-ins of frames to tell, remember and order what was shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from magc.nn import Mamba2Config, Mamba2LM
+from magc.nn.lm import LMState
+from magc.nn.mamba2_values import Mamba2State
+from video_ma2mba.data.chat import IGNORED, BpeTokenizer
+from video_ma2mba.small.lessons import Lesson, Lessons, Level, embed, held_out_turns, padded
+from video_ma2mba.small.questions import KINDS
+from video_ma2mba.small.standins import StandIns
+from video_ma2mba.small.world import COLOURS, DIRECTIONS, EVENTS, SHAPES, Story
+
+_FEWEST_FRAMES = 8
+_PROBE_WEIGHT = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageRecipe:
+    """How the language model is trained.
+
+    Attributes:
+        d_model, n_layer, d_state, headdim: sizes.
+        steps: how many.
+        lr: at its highest; it falls to zero along a cosine.
+        tokens: about as many in a batch.
+        longest: most frames of a story; beyond what the small run asks for.
+        grow: part of the steps over which stories grow to that.
+        open: part of the steps whose questions are open.
+        noise: of the stand-ins.
+        seed: of weights and lessons.
+    """
+
+    d_model: int = 128
+    n_layer: int = 4
+    d_state: int = 64
+    headdim: int = 64
+    steps: int = 10_000
+    lr: float = 3e-3
+    tokens: int = 2048
+    longest: int = 160
+    grow: float = 0.6
+    open: float = 0.35
+    noise: float = 0.3
+    seed: int = 0
+
+    def level(self, step: int) -> Level:
+        """How hard the lessons of a step are."""
+        part = step / self.steps
+        growth = (self.longest / _FEWEST_FRAMES) ** min(1.0, part / self.grow)
+        return Level(int(_FEWEST_FRAMES * growth), part >= self.open)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+class Probes(nn.Module):
+    """Linear readers of a middle layer at every frame; they are thrown away after the training.
+
+    They ask how many things came so far, what came before the present or last one, and where that one goes. Without them
+    it takes many times as long until the model orders what it sees at all.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model)
+        sizes = (EVENTS[1] + 1, len(COLOURS) + 1, len(SHAPES) + 1, len(DIRECTIONS) + 1)
+        self.readers = nn.ModuleList(nn.Linear(d_model, size) for size in sizes)
+
+    def forward(self, hidden: Tensor, stories: Sequence[Story]) -> Tensor:
+        """Summed mean cross entropies of `(stories, frames, d_model)`."""
+        hidden = self.norm(hidden)
+        wanted = probed(stories).to(hidden.device)
+        losses = [
+            functional.cross_entropy(reader(hidden).flatten(0, 1), target.flatten())
+            for reader, target in zip(self.readers, wanted, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+def probed(stories: Sequence[Story]) -> Tensor:
+    """What the probes ask, `(4, stories, frames)` int64; 0 is none."""
+    found = torch.zeros(4, len(stories), stories[0].seconds, dtype=torch.int64)
+    for row, story in enumerate(stories):
+        for number, event in enumerate(story.events):
+            found[0, row, event.start :] = number + 1
+            if number:
+                before = story.events[number - 1].thing
+                found[1, row, event.start :] = 1 + list(COLOURS).index(before.colour)
+                found[2, row, event.start :] = 1 + SHAPES.index(before.shape)
+            found[3, row, event.start] = 0  # one frame tells no direction
+            found[3, row, event.start + 1 :] = 1 + list(DIRECTIONS).index(event.direction)
+    return found
+
+
+def train_language(
+    recipe: LanguageRecipe, tokenizer: BpeTokenizer, device: str, progress: Callable[[int, str], None]
+) -> Mamba2LM:
+    """Train a language model.
+
+    Args:
+        recipe: how.
+        tokenizer: its tokenizer.
+        device: where.
+        progress: told after each step how many more were done, and the loss.
+
+    Returns:
+        The model, on the device.
+    """
+    torch.manual_seed(recipe.seed)
+    config = Mamba2Config(
+        d_model=recipe.d_model,
+        n_layer=recipe.n_layer,
+        vocab_size=tokenizer.size,
+        d_state=recipe.d_state,
+        headdim=recipe.headdim,
+        chunk_size=64,
+    )
+    model, probes = Mamba2LM(config).to(device), Probes(recipe.d_model).to(device)
+    model.tie_weights()
+    lessons, standins = Lessons(tokenizer, seed=recipe.seed, tokens=recipe.tokens), StandIns(tokenizer)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    parameters = [*model.parameters(), *probes.parameters()]
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in parameters if each.ndim > 1], "weight_decay": 0.05},
+        {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        lesson = lessons.draw(recipe.level(step))
+        x = embed(model.stem.weight, standins, lesson, recipe.noise, generator)
+        loss = _turns_loss(model, probes, lesson, x) if lesson.turns else _rows_loss(model, lesson, x)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        progress(1, f"loss {loss.item():.3f}, up to {recipe.level(step).longest} frames")
+    return model
+
+
+def _turns_loss(model: Mamba2LM, probes: Probes, lesson: Lesson, x: Tensor) -> Tensor:
+    middle = len(model.layers) // 2
+    x, lower = _run(model, x, stop=middle)
+    frames = lesson.stories[0].seconds
+    probe_loss = probes((x[0] + x[1])[:, -frames:], lesson.stories)
+    _, upper = _run(model, x, start=middle)
+    out, targets = _answers(model, lower + upper, lesson)
+    total, count = model.head(out, targets)
+    return total / count + _PROBE_WEIGHT * probe_loss
+
+
+def _rows_loss(model: Mamba2LM, lesson: Lesson, x: Tensor) -> Tensor:
+    out, _ = _run(model, x[:, :-1])
+    total, count = model.head(out, padded(lesson.rows, x.device)[1])
+    return total / count
+
+
+def _run(model: Mamba2LM, x: Any, states: LMState = (), start: int = 0, stop: int | None = None) -> tuple[Any, LMState]:
+    """Some of the layers, and their new states."""
+    found: list[Mamba2State] = []
+    for index, layer in enumerate(list(model.layers)[start:stop]):
+        x, state = layer(x, states[index] if states else None)
+        found.append(state)
+    return x, tuple(found)
+
+
+def _answers(model: Mamba2LM, states: LMState, lesson: Lesson) -> tuple[Any, Tensor]:
+    """The last layer's outputs on the turns, each begun from its story's state, and the targets."""
+    ids, targets = padded(lesson.turns, model.stem.weight.device)
+    times = len(lesson.turns) // len(lesson.stories)
+    forked = tuple(
+        Mamba2State(state.conv.repeat_interleave(times, 0), state.ssm.repeat_interleave(times, 0), None)
+        for state in states
+    )
+    return _run(model, model.stem(ids), forked)[0], targets
+
+
+@torch.no_grad()
+def examine(model: Mamba2LM, tokenizer: BpeTokenizer, seconds: int, count: int) -> dict[str, float]:
+    """By kind, the part of questions about held-out stories whose whole answer is what the model would say."""
+    lessons, standins = Lessons(tokenizer, seed=0, tokens=0), StandIns(tokenizer)
+    found: dict[str, float] = {}
+    for kind in KINDS:
+        lesson = held_out_turns(lessons, seconds, count, kind)
+        x = embed(model.stem.weight, standins, lesson, 0.0, torch.Generator())
+        out, targets = _answers(model, _run(model, x)[1], lesson)
+        right = (model.head.logits(out).argmax(-1) == targets) | (targets == IGNORED)
+        found[kind] = right.all(1).double().mean().item()
+    return found

@@ -1,0 +1,162 @@
+"""What the small base's language model learns from: stories told in stand-ins of frames, and questions about them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from video_ma2mba.data.chat import IGNORED, NO_FRAME, BpeTokenizer, ChatEncoder, Tokens
+from video_ma2mba.data.records import Media, Sample, Turn
+from video_ma2mba.small.questions import KINDS, Asked, ask, caption, listing, scenes
+from video_ma2mba.small.standins import StandIns, describe
+from video_ma2mba.small.texts import DESCRIBE, LIST, SCHEMA, prompt_of
+from video_ma2mba.small.world import Story, make_story
+
+_VIDEO = Media(Path("video"))
+# What is harder comes more often.
+_KIND_WEIGHTS = {"first": 3, "last": 1, "after": 3, "count": 2, "direction": 2, "colour": 1}
+_PART_INTERLEAVED = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How hard the lessons are.
+
+    Attributes:
+        longest: most frames of a story.
+        options: whether questions come with options to choose from, or are open.
+    """
+
+    longest: int
+    options: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A batch.
+
+    Attributes:
+        stories: of one length.
+        rows: of each story: all of its tokens, or, with turns, those up to its last frame.
+        turns: the same number of questions and answers for each story, story by story, without the video.
+    """
+
+    stories: list[Story]
+    rows: list[Tokens]
+    turns: list[Tokens]
+
+
+class Lessons:
+    """Draws batches.
+
+    Args:
+        tokenizer: of the model.
+        seed: of everything.
+        tokens: about how many a batch has.
+        shortest: fewest frames of a story.
+    """
+
+    def __init__(self, tokenizer: BpeTokenizer, *, seed: int, tokens: int, shortest: int = 2) -> None:
+        self._encoder = ChatEncoder(tokenizer, 1, SCHEMA)
+        self._draw = random.Random(f"lessons {seed}")
+        self._tokens, self._shortest = tokens, shortest
+
+    def draw(self, level: Level) -> Lesson:
+        """A batch of a level: questions that fork the state after a story, or scenes and captions in turn."""
+        seconds = round(math.exp(self._draw.uniform(math.log(self._shortest), math.log(level.longest))))
+        turns, tokens_of_turn = (4, 64) if level.options else (6, 24)
+        count = max(2, self._tokens // (seconds + turns * tokens_of_turn))
+        stories = [make_story(self._draw, seconds) for _ in range(count)]
+        if self._draw.random() < _PART_INTERLEAVED:
+            return Lesson(stories, [self._interleaved(story) for story in stories], [])
+        asked = [self._turn(story, level) for story in stories for _ in range(turns)]
+        return Lesson(stories, [self.video(seconds)] * count, asked)
+
+    def video(self, seconds: int) -> Tokens:
+        """The tokens of a chat up to the last frame of a video."""
+        tokens = self._encoder.question([Turn("user", (_VIDEO,))], [seconds])
+        return tokens.split(tokens.frames_end)[0]
+
+    def turn(self, prompt: str, answer: str) -> Tokens:
+        """The tokens of a question and its answer, after the video."""
+        sample = Sample("", (Turn("user", (_VIDEO, prompt)), Turn("assistant", (answer,))))
+        tokens = self._encoder.sample(sample, [1])
+        return tokens.split(tokens.frames_end)[1]
+
+    def _turn(self, story: Story, level: Level) -> Tokens:
+        part = self._draw.random()
+        if len(story.events) == 1 and part < 0.4:
+            return self.turn(DESCRIBE, caption(story.events[0]))
+        if part < (0.08 if level.options else 0.3):
+            return self.turn(LIST, listing(story))
+        asked = self._asked(story)
+        if part < 0.25 or not level.options:
+            return self.turn(asked.question, asked.options[asked.right])
+        prompt = prompt_of(asked)
+        # Without the instructions, which are the same every time, a question costs half as much.
+        return self.turn(prompt if part > 0.55 else prompt.partition("\n")[2], asked.answer)
+
+    def _asked(self, story: Story) -> Asked:
+        while True:
+            kind = self._draw.choices(list(_KIND_WEIGHTS), list(_KIND_WEIGHTS.values()))[0]
+            asked = ask(self._draw, story, kind)
+            if asked is not None:
+                return asked
+
+    def _interleaved(self, story: Story) -> Tokens:
+        turns: list[Turn] = []
+        counts: list[int] = []
+        for start, stop, text in scenes(story):
+            turns += [Turn("user", (_VIDEO,)), Turn("assistant", (text,))]
+            counts.append(stop - start)
+        return self._encoder.sample(Sample("", tuple(turns), "interleaved"), counts)
+
+
+def held_out_turns(lessons: Lessons, seconds: int, count: int, kind: str) -> Lesson:
+    """Questions of a kind as the benchmark asks them, about orders of things that lessons never show."""
+    draw = random.Random(f"held out {seconds}")
+    found: list[tuple[Story, Tokens]] = []
+    while len(found) < count:
+        story = make_story(draw, seconds, held_out=True)
+        asked = ask(draw, story, kind)
+        if asked is not None:
+            found.append((story, lessons.turn(prompt_of(asked), asked.answer)))
+    return Lesson([story for story, _ in found], [lessons.video(seconds)] * count, [turn for _, turn in found])
+
+
+def embed(weight: Tensor, standins: StandIns, lesson: Lesson, noise: float, generator: torch.Generator) -> Tensor:
+    """`(stories, length, d_model)` of a lesson's rows: words, and stand-ins where frames are.
+
+    Args:
+        weight: the language model's embedding.
+        standins: make the frames.
+        lesson: the rows.
+        noise: see `StandIns.embed`.
+        generator: the same.
+    """
+    ids, frame = (
+        pad_sequence([getattr(row, name) for row in lesson.rows], batch_first=True, padding_value=padding).to(
+            weight.device, torch.int64
+        )
+        for name, padding in (("ids", 0), ("frame", NO_FRAME))
+    )
+    seen = standins.embed(weight, *describe(lesson.stories), noise=noise, generator=generator)
+    place = frame.clamp(min=0)[..., None].expand(-1, -1, seen.shape[-1])
+    return torch.where((frame == NO_FRAME)[..., None], weight[ids], seen.gather(1, place))
+
+
+def padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets `(rows, longest - 1)` of rows of text."""
+    ids = pad_sequence([row.ids for row in rows], batch_first=True).to(device)
+    labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED).to(device)
+    return ids[:, :-1], labels[:, 1:]
+
+
+assert set(_KIND_WEIGHTS) == set(KINDS)
