@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -14,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.multiprocessing import spawn
 
 RANKS = 2
-SECONDS = 60.0
+SECONDS = 120.0
 """How long a function may take; a machine under load starts a process in a good part of it."""
 
 
@@ -95,7 +98,32 @@ def _serve(rank: int, ranks: int, backend: str, folder: str, pipe: Connection) -
             work, args = pipe.recv()
         except EOFError:
             return
+        faulthandler.dump_traceback_later(0.9 * SECONDS)  # a rank that hangs tells where
         try:
             pipe.send((True, work(rank, *args)))
         except BaseException:
             pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def run_processes(work: Callable[..., None], *args: Any, seconds: float) -> None:
+    """``work(rank, *args)`` in processes that end afterwards; they make a group themselves.
+
+    Args:
+        work: a function of a module.
+        args: what can be pickled.
+        seconds: how long it may take.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a rank raised.
+        AssertionError: the ranks did not end in time.
+    """
+    context = spawn(work, args=args, nprocs=RANKS, join=False)
+    end = time.monotonic() + seconds
+    while not context.join(timeout=max(0.0, end - time.monotonic())):
+        if time.monotonic() < end:
+            continue
+        for process in context.processes:
+            process.kill()
+        raise AssertionError(f"{work.__name__} has not ended after {seconds:g} s")

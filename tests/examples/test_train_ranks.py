@@ -9,13 +9,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
+from tests.distributed.ranks import RANKS, run_processes
 from tests.examples.runs import lines, make_run, weights, write_world
 from video_ma2mba.training.config import MemoryConfig, Parallel, RatesConfig
 from video_ma2mba.training.train import train
 
-RANKS = 2
 ROUNDED: tuple[Parallel, ...] = ("zero1", "fsdp2")
 PART = RatesConfig(projector=1e-2)
 STRATEGIES: tuple[Parallel, ...] = get_args(Parallel)
@@ -77,7 +77,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "damaged" / "videos" / f"{number}.mp4").write_bytes(b"nothing")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        multiprocessing.spawn(work, args=(str(folder), str(world), free_port()), nprocs=RANKS)
+        run_processes(work, str(folder), str(world), free_port(), seconds=400)
     return folder
 
 
