@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -251,6 +252,11 @@ def batch(padding: str | None = None) -> dict[str, Tensor]:
     for row, count in enumerate((3, 1)):
         mask[row, slice(0, count) if padding == "left" else slice(TOKENS - count, TOKENS)] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def cache_name(model: Any) -> str:
+    """What transformers calls the cache of a Mamba-2: "cache" since 5.24, "cache_params" before."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "cache_params"
 
 
 def labels_of(inputs: dict[str, Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from tests.integrations.models import (
     assert_same_gradients,
     bamba,
     batch,
+    cache_name,
     labels_of,
     mamba,
     mamba2,
@@ -50,7 +51,7 @@ def test_loss_comes_without_logits() -> None:
     inputs = batch()
     output = assert_same_training({**inputs, "labels": inputs["input_ids"]})
     assert output.logits is None
-    assert output.cache_params is None
+    assert getattr(output, cache_name(mamba2())) is None
     assert list(output.keys()) == ["loss"]
 
 
@@ -215,7 +216,16 @@ def test_padding_in_front_of_attention_that_is_written_out() -> None:
         twin(**batch("left"))
 
 
-def test_a_cache_in_training_by_its_other_name() -> None:
+def test_a_cache_in_training_by_any_of_its_names() -> None:
+    transformers = pytest.importorskip("transformers")
+    twin = wrapped_copy(bamba(), PLAN)
+    name = "cache" if cache_name(twin) == "cache" else "past_key_values"
+    with pytest.raises(InputError, match="use_cache=False"):
+        twin(**batch(), **{name: transformers.DynamicCache(config=twin.config)})
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated:FutureWarning")
+def test_a_cache_in_training_by_its_deprecated_name() -> None:
     transformers = pytest.importorskip("transformers")
     twin = wrapped_copy(bamba(), PLAN)
     with pytest.raises(InputError, match="use_cache=False"):

@@ -17,6 +17,7 @@ from tests.integrations.models import (
     assert_same,
     assert_same_gradients,
     batch,
+    gradients,
     labels_of,
     wrapped_copy,
 )
@@ -173,21 +174,25 @@ def test_other_products_of_experts(family: str, products: str) -> None:
 
 @pytest.mark.parametrize("family", ["mamba2", "bamba"])
 def test_autocast(family: str) -> None:
-    model = FAMILIES[family]()
-    wrapped = wrapped_copy(model, PLANS["one cell"])
-    split = wrapped_copy(model, PLANS["ragged"])
+    """The bound is transformers' own error: what its autocast makes of the gradients of float32."""
+    whole = FAMILIES[family]()
+    models = [copy.deepcopy(whole), wrapped_copy(whole, PLANS["one cell"]), wrapped_copy(whole, PLANS["ragged"])]
     inputs = batch()
-    losses = []
-    for each in (model, wrapped, split):
+    exact = whole(**inputs, labels=inputs["input_ids"]).loss
+    exact.backward()
+    true = torch.cat([grad.flatten() for grad in gradients(whole).values()])
+    errors: list[float] = []
+    for model in models:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = each(**inputs, labels=inputs["input_ids"]).loss
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
         assert loss.dtype == torch.float32
+        assert_same(loss, exact, 2e-2)
         loss.backward()
-        losses.append(loss)
-    assert_same(losses[1], losses[0], 2e-2)
-    assert_same(losses[2], losses[0], 2e-2)
-    assert_same_gradients(wrapped, model, 5e-2)
-    assert_same_gradients(split, model, 5e-2)
+        found = torch.cat([grad.flatten() for grad in gradients(model).values()])
+        errors.append(float((found - true).norm() / true.norm()))
+    own, one, split = errors
+    assert own > 1e-3
+    assert max(one, split) < 1.25 * own
 
 
 @all_families

@@ -16,7 +16,16 @@ from magc import Plan
 from magc.errors import InputError, LayerContractError, PlanError
 from magc.integrations import forward, registry
 from magc.integrations.wrap import unwrap, wrap, wrapped
-from tests.integrations.models import FAMILIES, assert_same, assert_same_gradients, batch, gradients, mamba, mamba2
+from tests.integrations.models import (
+    FAMILIES,
+    assert_same,
+    assert_same_gradients,
+    batch,
+    cache_name,
+    gradients,
+    mamba,
+    mamba2,
+)
 
 PLAN = Plan(layers=2, tokens=4)
 all_families = pytest.mark.parametrize("family", FAMILIES)
@@ -79,8 +88,9 @@ def test_without_grad_mode_the_models_own_code_runs() -> None:
 def test_evaluation_with_a_cache_runs_the_models_own_code() -> None:
     model = wrap(mamba2().eval(), plan=PLAN)
     first = model(batch()["input_ids"])
-    assert first.cache_params is not None
-    assert model(batch()["input_ids"][:, :1], cache_params=first.cache_params).logits.shape[1] == 1
+    name = cache_name(model)
+    assert first[name] is not None
+    assert model(batch()["input_ids"][:, :1], **{name: first[name]}).logits.shape[1] == 1
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: _through_pickle(m)], ids=["deepcopy", "pickle"])

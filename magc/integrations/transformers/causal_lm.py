@@ -23,6 +23,8 @@ from magc.integrations.transformers.head import IGNORED, Head, Loss, Stem
 from magc.integrations.transformers.routing import load_balancing_loss
 from magc.integrations.transformers.tokens import PACKING_ARGUMENTS, side_inputs
 
+_CACHES = ("cache", "cache_params", "past_key_values")
+"""What transformers calls its cache: the first since 5.24, the others before."""
 _KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict")
 _CAPTURING = "transformers.utils.output_capturing"
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -231,7 +233,7 @@ class LMForward(HookedForward):
 
 def caches(module: Any, call: dict[str, Any]) -> bool:
     """Whether a call uses a cache, as transformers decides it: without a word, in evaluation only."""
-    if "cache_params" in call or "past_key_values" in call:
+    if not call.keys().isdisjoint(_CACHES):
         return True
     return bool(call.get("use_cache", module.config.use_cache and not module.training))
 
