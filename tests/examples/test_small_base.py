@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from video_ma2mba.small.language import LanguageRecipe, Probes, examine, probed,
 from video_ma2mba.small.questions import KINDS
 from video_ma2mba.small.settings import BASE
 from video_ma2mba.small.sight import SightRecipe, train_sight
-from video_ma2mba.small.standins import StandIns, describe
+from video_ma2mba.small.standins import PLAIN, Disguise, StandIns, describe
 from video_ma2mba.small.texts import SCHEMA, train_tokenizer
 from video_ma2mba.small.world import COLOURS, SHAPES, THINGS, Event, Story
 
@@ -45,9 +45,9 @@ def test_the_base_reads_one_token_a_frame_in_the_small_runs_schema() -> None:
     assert config.chat == SCHEMA
 
 
-def test_the_recipe_beside_the_base_is_the_default_one() -> None:
+def test_the_recipe_beside_the_base_says_how_it_was_made() -> None:
     recipe = json.loads((BASE / "recipe.json").read_text())
-    assert recipe["language"] == asdict(LanguageRecipe())
+    assert recipe["language"].keys() == asdict(LanguageRecipe()).keys()
     assert recipe["sight"] == asdict(SightRecipe())
     assert set(recipe["language knows"]) == {f"{seconds} s" for seconds in EXAMINED_SECONDS}
 
@@ -68,6 +68,15 @@ def test_a_languages_training_repeats(tokenizer: BpeTokenizer) -> None:
         assert torch.equal(value, second.state_dict()[name]), name
 
 
+def test_a_languages_training_goes_on(tokenizer: BpeTokenizer) -> None:
+    start = train_language(TINY, tokenizer, "cpu", lambda count, news: None)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    further = train_language(replace(TINY, lr=1e-3), tokenizer, "cpu", lambda count, news: None, start=start)
+    for name, value in further.state_dict().items():
+        assert not torch.equal(value, before[name]), name
+        torch.testing.assert_close(value, before[name], rtol=0.0, atol=1e-4)
+
+
 def test_a_towers_training_repeats() -> None:
     recipe = SightRecipe(stories=2, steps=3, batch=8)
     (first, seen), (second, again) = (train_sight(recipe, lambda count, news: None) for _ in range(2))
@@ -84,7 +93,7 @@ def test_levels_grow_to_the_longest_and_bring_options() -> None:
 
 def test_stand_ins_are_sums_of_words(tokenizer: BpeTokenizer) -> None:
     weight = torch.randn(tokenizer.size, 8, generator=torch.Generator().manual_seed(0))
-    frames = StandIns(tokenizer).embed(weight, *describe([STORY]), noise=0.0, generator=torch.Generator())
+    frames = StandIns(tokenizer).embed(weight, *describe([STORY]), disguise=PLAIN, generator=torch.Generator())
     word = {name: weight[tokenizer.encode(name)[0]] for name in (*COLOURS, *SHAPES, "right", "left", "nothing")}
     assert torch.equal(frames[0, 0], word["nothing"])
     x, y = STORY.events[0].centre(1)
@@ -92,6 +101,24 @@ def test_stand_ins_are_sums_of_words(tokenizer: BpeTokenizer) -> None:
     expected = word[thing.colour] + word[thing.shape] + 1.5 * (2 * x - 1) * word["right"]
     assert y == 0.5
     torch.testing.assert_close(frames[0, 1], expected)
+
+
+def test_disguised_stand_ins_share_an_offset_and_keep_their_words_apart(tokenizer: BpeTokenizer) -> None:
+    weight = torch.randn(tokenizer.size, 8, generator=torch.Generator().manual_seed(0))
+    standins, described = StandIns(tokenizer), describe([STORY] * 500)
+    plain = standins.embed(weight, *described, disguise=PLAIN, generator=torch.Generator())
+    disguise = Disguise(noise=0.0, offset=1.5, empty=0.0, gain=0.0)
+    offset = standins.embed(weight, *described, disguise=disguise, generator=torch.Generator().manual_seed(1)) - plain
+    torch.testing.assert_close(offset, offset[:, :1].expand_as(offset))
+    # The length is uniform up to the most: its mean square is a third of the largest.
+    assert offset.square().mean().sqrt() == pytest.approx(float(weight.std()) * 1.5 / 3**0.5, rel=0.1)
+    disguise = Disguise(noise=0.0, offset=0.0, empty=0.0, gain=0.3)
+    louder = standins.embed(weight, *described, disguise=disguise, generator=torch.Generator().manual_seed(1))
+    empty = torch.tensor([STORY.shown(second) is None for second in range(STORY.seconds)])
+    torch.testing.assert_close(louder[:, empty], plain[:, empty])
+    factors = (louder / plain)[:, ~empty].flatten(1)
+    torch.testing.assert_close(factors, factors[:, :1].expand_as(factors))
+    assert factors[:, 0].log().std() == pytest.approx(0.3, rel=0.1)
 
 
 def test_probes_ask_for_number_thing_before_and_direction() -> None:

@@ -13,10 +13,10 @@ from video_ma2mba.data.scenewalk import read_scenewalk_v2
 from video_ma2mba.data.video import probe
 from video_ma2mba.evaluation.choices import VideoMME
 from video_ma2mba.evaluation.extract import first_letter
-from video_ma2mba.small.dataset import CLIP_SECONDS, Data, Sizes, write_data
+from video_ma2mba.small.dataset import CLIP_SECONDS, LIST_SECONDS, Data, Sizes, write_data
 from video_ma2mba.small.questions import KINDS
 from video_ma2mba.small.render import Look
-from video_ma2mba.small.texts import train_tokenizer
+from video_ma2mba.small.texts import DESCRIBE, LIST, train_tokenizer
 from video_ma2mba.small.world import COLOURS, DIRECTIONS, SHAPES
 
 SIZES = Sizes(clips=3, stories=2, asked=1, held_out=2, lengths=(12, 16), longer=(24,))
@@ -41,9 +41,14 @@ def test_progress_counts_every_video(tmp_path: Path) -> None:
 def test_clips_are_llava_samples_with_captions(data: Data) -> None:
     samples = list(read_llava(data.clips, data.videos))
     assert len(samples) == SIZES.clips
+    told: dict[str, list[float]] = {DESCRIBE: [], LIST: []}
     for sample in samples:
-        assert probe(sample.media[0].path).duration == pytest.approx(CLIP_SECONDS)
-        assert sample.turns[1].text.startswith("a ")
+        question, answer = (turn.text for turn in sample.turns)
+        assert answer.startswith("a ") == (question == DESCRIBE)
+        told[question].append(probe(sample.media[0].path).duration)
+    assert told[DESCRIBE] == pytest.approx([CLIP_SECONDS] * 2)
+    assert len(told[LIST]) == 1
+    assert LIST_SECONDS[0] <= told[LIST][0] <= LIST_SECONDS[1]
 
 
 def test_scenes_are_scenewalk_samples_that_cover_their_videos(data: Data) -> None:

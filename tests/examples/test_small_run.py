@@ -12,7 +12,7 @@ from video_ma2mba.small import ablation, report
 from video_ma2mba.small.app import FILES, run
 from video_ma2mba.small.dataset import Data
 from video_ma2mba.small.measure import Answer, accuracy
-from video_ma2mba.small.pipeline import BASE, BASELINES, FINAL, SeedResult
+from video_ma2mba.small.pipeline import BASELINES, FINAL, SeedResult
 from video_ma2mba.small.settings import STAGES, Settings, Stage
 from video_ma2mba.small.stages import config_of
 
@@ -45,9 +45,9 @@ def test_a_run_writes_its_results(done: Path) -> None:
     assert all((done / name).stat().st_size > 0 for name in FILES)
 
 
-def test_a_run_asks_before_after_and_the_baselines(done: Path) -> None:
+def test_a_run_asks_about_the_videos_and_the_baselines(done: Path) -> None:
     found = json.loads((done / "result.json").read_text())
-    assert list(found["accuracy"]) == [BASE, FINAL, *BASELINES.values()]
+    assert list(found["accuracy"]) == [FINAL, *BASELINES.values()]
     assert set(found["accuracy"][FINAL]["cells"]) == {"16 s", "32 s", "48 s"}
 
 
@@ -88,7 +88,7 @@ def test_accuracy_takes_lengths_and_kinds() -> None:
 
 
 def test_verdicts_are_over_all_seeds() -> None:
-    good = {BASE: [False] * 4, FINAL: [True] * 4, **dict.fromkeys(BASELINES.values(), [False] * 4)}
+    good = {FINAL: [True] * 4, **dict.fromkeys(BASELINES.values(), [False] * 4)}
     bad = good | {FINAL: [True, False, False, False]}
     settings = Settings(Path())
     assert all(passed for _, passed in report.verdicts(settings, [result(0, good)]))
@@ -98,7 +98,7 @@ def test_verdicts_are_over_all_seeds() -> None:
 
 
 def test_a_baseline_that_comes_near_is_told() -> None:
-    near = {BASE: [False] * 4, FINAL: [True] * 4, "shuffled": [True] * 4, "grey": [False] * 4}
+    near = {FINAL: [True] * 4, "shuffled": [True] * 4, "grey": [False] * 4}
     found = dict(report.verdicts(Settings(Path()), [result(0, near)]))
     assert [text for text, passed in found.items() if not passed] == ["shuffled at least 15% below: 100.0%"]
 

@@ -14,13 +14,13 @@ from video_ma2mba.data.frames import read_video
 from video_ma2mba.data.transform import FrameTransform
 from video_ma2mba.evaluation.questions import Mean
 from video_ma2mba.small.measure import Answer, accuracy
-from video_ma2mba.small.pipeline import BASE, BASELINES, FINAL, SeedResult
+from video_ma2mba.small.pipeline import BASELINES, FINAL, SeedResult
 from video_ma2mba.small.render import SIZE, Look
 from video_ma2mba.small.report import CHANCE, pooled
 from video_ma2mba.small.settings import Settings
 
 _INK, _FAINT, _RIGHT, _WRONG = "#1f2933", "#7b8794", "#1b7f5c", "#c0392b"
-_COLORS = {FINAL: "#2f6db3", **dict(zip(BASELINES.values(), ("#c77c2e", "#7b8794"), strict=True)), BASE: "#8e63b0"}
+_COLORS = {FINAL: "#2f6db3", **dict(zip(BASELINES.values(), ("#c77c2e", "#8e63b0"), strict=True))}
 _PER_ROW = 16
 
 
@@ -78,7 +78,7 @@ def draw_losses(path: Path, settings: Settings, results: Sequence[SeedResult]) -
 
 
 def draw_lengths(path: Path, settings: Settings, results: Sequence[SeedResult]) -> None:
-    """Accuracy by length with standard errors: the last model, the base and the baselines."""
+    """Accuracy by length with standard errors: the last model and the baselines."""
     figure, (axes,) = _figure((7.2, 4.2), [1])
     sizes = settings.sizes
     for name, color in _COLORS.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from magc.nn.mamba2_values import Mamba2State
 from video_ma2mba.data.chat import IGNORED, BpeTokenizer
 from video_ma2mba.small.lessons import Lesson, Lessons, Level, embed, held_out_turns, padded
 from video_ma2mba.small.questions import KINDS
-from video_ma2mba.small.standins import StandIns
+from video_ma2mba.small.standins import PLAIN, Disguise, StandIns
 from video_ma2mba.small.world import COLOURS, DIRECTIONS, EVENTS, SHAPES, Story
 
 _FEWEST_FRAMES = 8
 _PROBE_WEIGHT = 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LanguageRecipe:
     """How the language model is trained.
 
@@ -36,7 +36,7 @@ class LanguageRecipe:
         longest: most frames of a story; beyond what the small run asks for.
         grow: part of the steps over which stories grow to that.
         open: part of the steps whose questions are open.
-        noise: of the stand-ins.
+        disguise: of the stand-ins.
         seed: of weights and lessons.
     """
 
@@ -50,13 +50,13 @@ class LanguageRecipe:
     longest: int = 160
     grow: float = 0.6
     open: float = 0.35
-    noise: float = 0.3
+    disguise: Disguise = field(default_factory=Disguise)
     seed: int = 0
 
     def level(self, step: int) -> Level:
         """How hard the lessons of a step are."""
         part = step / self.steps
-        growth = (self.longest / _FEWEST_FRAMES) ** min(1.0, part / self.grow)
+        growth = (self.longest / _FEWEST_FRAMES) ** (1.0 if part >= self.grow else part / self.grow)
         return Level(int(_FEWEST_FRAMES * growth), part >= self.open)
 
     def rate(self, step: int) -> float:
@@ -104,7 +104,12 @@ def probed(stories: Sequence[Story]) -> Tensor:
 
 
 def train_language(
-    recipe: LanguageRecipe, tokenizer: BpeTokenizer, device: str, progress: Callable[[int, str], None]
+    recipe: LanguageRecipe,
+    tokenizer: BpeTokenizer,
+    device: str,
+    progress: Callable[[int, str], None],
+    *,
+    start: Mamba2LM | None = None,
 ) -> Mamba2LM:
     """Train a language model.
 
@@ -113,6 +118,7 @@ def train_language(
         tokenizer: its tokenizer.
         device: where.
         progress: told after each step how many more were done, and the loss.
+        start: a model of the recipe's sizes to go on with instead of random weights; it is changed.
 
     Returns:
         The model, on the device.
@@ -126,7 +132,8 @@ def train_language(
         headdim=recipe.headdim,
         chunk_size=64,
     )
-    model, probes = Mamba2LM(config).to(device), Probes(recipe.d_model).to(device)
+    model = (Mamba2LM(config) if start is None else start).to(device)
+    probes = Probes(recipe.d_model).to(device)
     model.tie_weights()
     lessons, standins = Lessons(tokenizer, seed=recipe.seed, tokens=recipe.tokens), StandIns(tokenizer)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -140,7 +147,7 @@ def train_language(
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         lesson = lessons.draw(recipe.level(step))
-        x = embed(model.stem.weight, standins, lesson, recipe.noise, generator)
+        x = embed(model.stem.weight, standins, lesson, recipe.disguise, generator)
         loss = _turns_loss(model, probes, lesson, x) if lesson.turns else _rows_loss(model, lesson, x)
         optimizer.zero_grad()
         loss.backward()
@@ -194,7 +201,7 @@ def examine(model: Mamba2LM, tokenizer: BpeTokenizer, seconds: int, count: int) 
     found: dict[str, float] = {}
     for kind in KINDS:
         lesson = held_out_turns(lessons, seconds, count, kind)
-        x = embed(model.stem.weight, standins, lesson, 0.0, torch.Generator())
+        x = embed(model.stem.weight, standins, lesson, PLAIN, torch.Generator())
         out, targets = _answers(model, _run(model, x)[1], lesson)
         right = (model.head.logits(out).argmax(-1) == targets) | (targets == IGNORED)
         found[kind] = right.all(1).double().mean().item()

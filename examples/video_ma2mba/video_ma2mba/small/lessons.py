@@ -15,14 +15,14 @@ from torch.nn.utils.rnn import pad_sequence
 from video_ma2mba.data.chat import IGNORED, NO_FRAME, BpeTokenizer, ChatEncoder, Tokens
 from video_ma2mba.data.records import Media, Sample, Turn
 from video_ma2mba.small.questions import KINDS, Asked, ask, caption, listing, scenes
-from video_ma2mba.small.standins import StandIns, describe
+from video_ma2mba.small.standins import Disguise, StandIns, describe
 from video_ma2mba.small.texts import DESCRIBE, LIST, SCHEMA, prompt_of
 from video_ma2mba.small.world import Story, make_story
 
 _VIDEO = Media(Path("video"))
 # What is harder comes more often.
-_KIND_WEIGHTS = {"first": 3, "last": 1, "after": 3, "count": 2, "direction": 2, "colour": 1}
-_PART_INTERLEAVED = 0.2
+_KIND_WEIGHTS = {"first": 2, "last": 1, "after": 4, "count": 1, "direction": 4, "colour": 2}
+_PART_INTERLEAVED, _PART_IN_FULL = 0.15, 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,9 @@ class Lessons:
         stories = [make_story(self._draw, seconds) for _ in range(count)]
         if self._draw.random() < _PART_INTERLEAVED:
             return Lesson(stories, [self._interleaved(story) for story in stories], [])
-        asked = [self._turn(story, level) for story in stories for _ in range(turns)]
+        # Without the instructions, which are the same every time, questions cost half as much.
+        in_full = self._draw.random() < _PART_IN_FULL
+        asked = [self._turn(story, level, in_full) for story in stories for _ in range(turns)]
         return Lesson(stories, [self.video(seconds)] * count, asked)
 
     def video(self, seconds: int) -> Tokens:
@@ -90,18 +92,17 @@ class Lessons:
         tokens = self._encoder.sample(sample, [1])
         return tokens.split(tokens.frames_end)[1]
 
-    def _turn(self, story: Story, level: Level) -> Tokens:
+    def _turn(self, story: Story, level: Level, in_full: bool) -> Tokens:
         part = self._draw.random()
-        if len(story.events) == 1 and part < 0.4:
-            return self.turn(DESCRIBE, caption(story.events[0]))
-        if part < (0.08 if level.options else 0.3):
+        if part < (0.08 if level.options else 0.15):
             return self.turn(LIST, listing(story))
+        if part < (0.16 if level.options else 0.4):
+            return self.turn(DESCRIBE, " ".join(caption(event) for event in story.events))
         asked = self._asked(story)
-        if part < 0.25 or not level.options:
+        if not level.options or part < 0.25:
             return self.turn(asked.question, asked.options[asked.right])
         prompt = prompt_of(asked)
-        # Without the instructions, which are the same every time, a question costs half as much.
-        return self.turn(prompt if part > 0.55 else prompt.partition("\n")[2], asked.answer)
+        return self.turn(prompt if in_full else prompt.partition("\n")[2], asked.answer)
 
     def _asked(self, story: Story) -> Asked:
         while True:
@@ -131,14 +132,14 @@ def held_out_turns(lessons: Lessons, seconds: int, count: int, kind: str) -> Les
     return Lesson([story for story, _ in found], [lessons.video(seconds)] * count, [turn for _, turn in found])
 
 
-def embed(weight: Tensor, standins: StandIns, lesson: Lesson, noise: float, generator: torch.Generator) -> Tensor:
+def embed(weight: Tensor, standins: StandIns, lesson: Lesson, disguise: Disguise, generator: torch.Generator) -> Tensor:
     """`(stories, length, d_model)` of a lesson's rows: words, and stand-ins where frames are.
 
     Args:
         weight: the language model's embedding.
         standins: make the frames.
         lesson: the rows.
-        noise: see `StandIns.embed`.
+        disguise: see `StandIns.embed`.
         generator: the same.
     """
     ids, frame = (
@@ -147,7 +148,7 @@ def embed(weight: Tensor, standins: StandIns, lesson: Lesson, noise: float, gene
         )
         for name, padding in (("ids", 0), ("frame", NO_FRAME))
     )
-    seen = standins.embed(weight, *describe(lesson.stories), noise=noise, generator=generator)
+    seen = standins.embed(weight, *describe(lesson.stories), disguise=disguise, generator=generator)
     place = frame.clamp(min=0)[..., None].expand(-1, -1, seen.shape[-1])
     return torch.where((frame == NO_FRAME)[..., None], weight[ids], seen.gather(1, place))
 

@@ -1,4 +1,4 @@
-"""A seed of the small run: videos, three stages, and what the model knows before, between and after them."""
+"""A seed of the small run: videos, three stages, and what the model knows after them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SeedResult:
         seed: which.
         data: the files.
         losses: of every step, by stage.
-        answers: `BASE`, `FINAL`, and the baselines of `BASELINES`, which are the last model's on other videos.
+        answers: `FINAL`, and the baselines of `BASELINES`, which are the same model's on other videos.
         seconds: by part of the work.
     """
 
@@ -48,7 +48,7 @@ class SeedResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-FINAL, BASE = "after stage 2", "before training"
+FINAL = "after stage 2"
 BASELINES = {Look.SHUFFLED: "shuffled", Look.BLIND: "grey"}
 
 
@@ -76,7 +76,6 @@ def run_seed(settings: Settings, seed: int, folder: Path, screen: Screen) -> See
         lap("questions")
 
     model = new_start(settings.base, folder / "start", seed)
-    ask(BASE, model)
     for stage in settings.stages:
         with screen.steps(f"stage {stage.name}", stage.steps, lines=4) as advance:
             trained = run_stage(stage, settings, data, model, folder / f"stage-{stage.name}", seed, advance)

@@ -15,8 +15,8 @@ from video_ma2mba.small.world import COLOURS, RADIUS, Story, Thing
 
 SIZE = 32
 """Side of the pictures in pixels."""
-RATE = 4
-"""Frames a second in the files; the model sees one of them."""
+RATE = 2
+"""Frames a second in the files; the model sees every second one."""
 _FINER = 4
 _GRAIN = 6.0
 _GREY = 128.0

@@ -38,7 +38,7 @@ _PLACE_WEIGHT, _STANDARD_WEIGHT = 4.0, 0.1
 _EXAMINED_STORIES = 40
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SightRecipe:
     """How the tower is trained.
 

@@ -74,6 +74,7 @@ def config_of(stage: Stage, settings: Settings, data: Data, start: Path, out: Pa
             max_frames=settings.max_frames,
             batch_size=stage.batch,
             cache="1GiB",
+            workers=1,
             on_problem="stop",
         ),
         steps=stage.steps,
