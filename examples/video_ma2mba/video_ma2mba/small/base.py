@@ -1,4 +1,4 @@
-"""Makes the small base: `python -m video_ma2mba.small.base --out base`, about an hour on one CPU core."""
+"""Makes the small base: `python -m video_ma2mba.small.base --out base`, hours on one CPU core."""
 
 from __future__ import annotations
 

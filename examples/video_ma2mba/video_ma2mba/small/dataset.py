@@ -44,8 +44,8 @@ class Sizes:
         longer: in seconds, that are only evaluated.
     """
 
-    clips: int = 600
-    stories: int = 80
+    clips: int = 400
+    stories: int = 60
     asked: int = 2
     held_out: int = 24
     lengths: tuple[int, ...] = (16, 32, 64)

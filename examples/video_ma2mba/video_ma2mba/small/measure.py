@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from video_ma2mba.data.chat import BpeTokenizer
 from video_ma2mba.evaluation.choices import VideoMME
@@ -81,7 +84,8 @@ def measure(
         stream=False,
     )
     benchmark = VideoMME(data.benchmark, data.held_out(look))
-    evaluate(benchmark, answerer, ExactJudge(), out, progress=lambda done, total: progress(1, ""))
+    with _threads(1):  # at a token a time they would wait for each other longer than they work
+        evaluate(benchmark, answerer, ExactJudge(), out, progress=lambda done, total: progress(1, ""))
     questions = benchmark.questions()
     responses = {str(line["id"]): str(line["response"]) for line in read_lines(out / "responses.jsonl")}
     marks = {mark.id: mark for mark in benchmark.mark(questions, responses, ExactJudge())}
@@ -99,6 +103,16 @@ def measure(
         )
         for question in questions
     ]
+
+
+@contextmanager
+def _threads(count: int) -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def accuracy(
