@@ -17,12 +17,12 @@ chunk size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from magc_kernels._chunks import chunk_decay, pad
 from magc_kernels._packing import document_runs
 from magc_kernels._precision import autocast_off, compute_dtype
 
@@ -99,12 +99,12 @@ def ssd(
         step_BLH = _step(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
         x_BLHP = x.to(dtype)
         # The tail of a ragged last chunk has step 0: it neither decays the state nor adds to it.
-        input_BLHP = _pad(x_BLHP * step_BLH[..., None], tail)
-        rate_BLH = _pad(step_BLH * A.to(dtype), tail)
+        input_BLHP = pad(x_BLHP * step_BLH[..., None], tail)
+        rate_BLH = pad(step_BLH * A.to(dtype), tail)
         input_BKGQRP = input_BLHP.reshape(batch, count, size, groups, ratio, headdim).transpose(2, 3)
-        B_BKGQN = _pad(B.to(dtype), tail).reshape(batch, count, size, groups, d_state).transpose(2, 3)
-        C_BKGQN = _pad(C.to(dtype), tail).reshape(batch, count, size, groups, d_state).transpose(2, 3)
-        decay = _chunk_decay(
+        B_BKGQN = pad(B.to(dtype), tail).reshape(batch, count, size, groups, d_state).transpose(2, 3)
+        C_BKGQN = pad(C.to(dtype), tail).reshape(batch, count, size, groups, d_state).transpose(2, 3)
+        decay = chunk_decay(
             rate_BLH.reshape(batch, count, size, groups, ratio).permute(0, 1, 3, 2, 4),
             None if seq_idx is None else document_runs(seq_idx, prev_seq_idx),
         )
@@ -205,62 +205,6 @@ def ssd_step(
     return y_BHP.to(x.dtype), new_state
 
 
-@dataclass(frozen=True)
-class _ChunkDecay:
-    """Decay factors in [0, 1]; zero where a document border lies between."""
-
-    within: Tensor
-    """BKGRQQ: From token to token inside the chunk, zero above the diagonal."""
-    to_end: Tensor
-    """BKGQR: From each token to the end of its chunk."""
-    from_start: Tensor
-    """BKGQR: From the state before the chunk to each token."""
-    across: Tensor
-    """BKGR: From the state before the chunk to the state after it."""
-
-
-def _chunk_decay(rate_BKGQR: Tensor, runs_BL: Tensor | None) -> _ChunkDecay:
-    cumulative = _running_sum(rate_BKGQR)
-    # Rounding may make a running sum of non-positive terms rise. Removing that here, as a constant, makes
-    # every exponent below non-positive without keeping a clamp mask per pair of tokens for backward.
-    values = cumulative.detach()
-    cumulative = cumulative - (values - values.cummin(dim=3).values)
-    last = cumulative[:, :, :, -1:]
-    size = rate_BKGQR.shape[3]
-
-    rows = cumulative.transpose(3, 4)
-    hidden = torch.ones(size, size, dtype=torch.bool, device=rate_BKGQR.device).triu(1)
-    exponent = rows[..., :, None] - rows[..., None, :]
-    to_end, from_start, across = (
-        torch.exp(last - cumulative),
-        torch.exp(cumulative),
-        torch.exp(last.squeeze(3)),
-    )
-    if runs_BL is not None:
-        batch, count = rate_BKGQR.shape[:2]
-        tail = count * size - runs_BL.shape[1]
-        runs_BKQ = torch.cat([runs_BL, runs_BL[:, -1:].expand(-1, tail)], dim=1).reshape(batch, count, size)
-        # The state before the segment belongs to run 0.
-        before_BK = functional.pad(runs_BKQ[:, :-1, -1], (1, 0))
-        other_BKQQ = runs_BKQ[..., :, None] != runs_BKQ[..., None, :]
-        hidden = hidden | other_BKQQ[:, :, None, None]
-        to_end = to_end.masked_fill((runs_BKQ != runs_BKQ[..., -1:])[:, :, None, :, None], 0.0)
-        from_start = from_start.masked_fill((runs_BKQ != before_BK[..., None])[:, :, None, :, None], 0.0)
-        across = across.masked_fill((runs_BKQ[..., -1] != before_BK)[:, :, None, None], 0.0)
-    within = exponent.masked_fill_(hidden, -math.inf).exp_()
-    return _ChunkDecay(within, to_end, from_start, across)
-
-
-def _running_sum(x_BKGQR: Tensor) -> Tensor:
-    """Cumulative sum over Q in log2(Q) additions; torch's has no deterministic form on CUDA."""
-    size = x_BKGQR.shape[3]
-    shift = 1
-    while shift < size:
-        x_BKGQR = x_BKGQR + functional.pad(x_BKGQR[:, :, :, : size - shift], (0, 0, shift, 0))
-        shift *= 2
-    return x_BKGQR
-
-
 def _step(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
@@ -278,11 +222,6 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
     if z is not None:
         y = y * functional.silu(z.to(y.dtype))
     return y
-
-
-def _pad(x: Tensor, tail: int) -> Tensor:
-    """Zeros after the last token of `x` `(batch, length, ...)`."""
-    return functional.pad(x, (0, 0) * (x.ndim - 2) + (0, tail)) if tail else x
 
 
 def check(
