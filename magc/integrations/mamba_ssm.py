@@ -1,4 +1,4 @@
-"""mamba-ssm's `MambaLMHeadModel`, its `MixerModel`, and its `Mamba` and `Mamba2` mixers on magc's layers.
+"""mamba-ssm's `MambaLMHeadModel`, `MixerModel`, and `Mamba`, `Mamba2` and `Mamba3` mixers on magc's layers.
 
 mamba-ssm's own mixers overwrite their states or drop them, so no gradient crosses from one segment to the next. magc's
 layers compute the same from the same parameters and submodules; nothing of mamba-ssm itself runs on the grid but
@@ -9,6 +9,7 @@ Shape letters: B batch, L length, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -22,14 +23,17 @@ from magc.integrations.forward import Adapted, GridForward, ModelGrid, Settings
 from magc.integrations.transformers.head import IGNORED, Head, Loss, Stem
 from magc.nn.mamba import Mamba
 from magc.nn.mamba2 import Mamba2
+from magc.nn.mamba3 import Mamba3
 from magc.nn.operators import Impl, operators
 
 Stream = Tensor | tuple[Tensor, Tensor]
 """The last mixer's output and the residual before it, each `(batch, length, hidden)`; a bare tensor before the first."""
 
-_MIXERS = {"mamba_ssm.modules.mamba2.Mamba2": Mamba2, "mamba_ssm.modules.mamba_simple.Mamba": Mamba}
+MixerLayer = Mamba | Mamba2 | Mamba3
+
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
-_PARAMETERS = ("dt_bias", "A_log", "D")
+_NORMS = ("norm", "B_norm", "C_norm")
+_PARAMETERS = ("dt_bias", "A_log", "D", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o")
 
 
 class CausalLMOutput(NamedTuple):
@@ -39,24 +43,25 @@ class CausalLMOutput(NamedTuple):
     logits: None = None
 
 
-def mixer_layer(mixer: Any, impl: Impl = "auto") -> Mamba | Mamba2:
+def mixer_layer(mixer: Any, impl: Impl = "auto") -> MixerLayer:
     """A layer of magc with the parameters and projections of a mixer of mamba-ssm, for `GridCheckpoint`.
 
     Args:
-        mixer: a `mamba_ssm.Mamba` or `mamba_ssm.Mamba2`.
+        mixer: a `mamba_ssm.Mamba`, `mamba_ssm.Mamba2` or `mamba_ssm.Mamba3`.
         impl: see `magc.nn.operators.Impl`.
 
     Returns:
         A layer ``y, new_state = layer(x, state, seq_idx=...)``.
 
     Raises:
-        InputError: it is another kind of mixer. LayerContractError: it is split over processes.
+        InputError: it is another kind of mixer, or its parameters are not those of mamba-ssm 2.3. LayerContractError: it is
+            split over processes.
     """
     kind: type = mixer.__class__
     path = next((name for name in map(_path, kind.__mro__) if name in _MIXERS), "")
     if not path:
         raise InputError(
-            f"{_path(kind)} is a mixer that magc does not know; it takes {' and '.join(_MIXERS)}. Write a layer "
+            f"{_path(kind)} is a mixer that magc does not know; it takes {', '.join(_MIXERS)}. Write a layer "
             f"y, new_state = layer(x, state) for magc.GridCheckpoint"
         )
     if getattr(mixer, "process_group", None) is not None:
@@ -64,27 +69,66 @@ def mixer_layer(mixer: Any, impl: Impl = "auto") -> Mamba | Mamba2:
             f"this {type(mixer).__name__} is split over processes (process_group); magc runs whole layers. Build the model "
             f"without process_group, and spread it with FSDP"
         )
-    sizes: dict[str, Any] = {"d_state": mixer.d_state, "d_conv": mixer.d_conv, "expand": mixer.expand, "impl": impl}
-    sizes |= {"bias": mixer.in_proj.bias is not None, "conv_bias": mixer.conv1d.bias is not None}
     with torch.device("meta"):
         # Only what shapes need: every parameter is replaced by the mixer's own.
-        if _MIXERS[path] is Mamba:
-            layer: Mamba | Mamba2 = Mamba(mixer.d_model, dt_rank=mixer.dt_rank, **sizes)
-        else:
-            layer = Mamba2(
-                mixer.d_model,
-                **sizes,
-                headdim=mixer.headdim,
-                d_ssm=mixer.d_ssm,
-                ngroups=mixer.ngroups,
-                D_has_hdim=mixer.D_has_hdim,
-                rmsnorm=mixer.rmsnorm,
-                norm_before_gate=mixer.norm_before_gate,
-                dt_limit=(float(mixer.dt_limit[0]), float(mixer.dt_limit[1])),
-                chunk_size=mixer.chunk_size,
-            )
+        layer = _MIXERS[path](mixer, impl)
     _share(layer, mixer)
     return layer
+
+
+def _mamba(mixer: Any, impl: Impl) -> Mamba:
+    return Mamba(mixer.d_model, dt_rank=mixer.dt_rank, **_conv_sizes(mixer), impl=impl)
+
+
+def _mamba2(mixer: Any, impl: Impl) -> Mamba2:
+    return Mamba2(
+        mixer.d_model,
+        **_conv_sizes(mixer),
+        headdim=mixer.headdim,
+        d_ssm=mixer.d_ssm,
+        ngroups=mixer.ngroups,
+        D_has_hdim=mixer.D_has_hdim,
+        rmsnorm=mixer.rmsnorm,
+        norm_before_gate=mixer.norm_before_gate,
+        dt_limit=(float(mixer.dt_limit[0]), float(mixer.dt_limit[1])),
+        chunk_size=mixer.chunk_size,
+        impl=impl,
+    )
+
+
+def _mamba3(mixer: Any, impl: Impl) -> Mamba3:
+    layer = Mamba3(
+        mixer.d_model,
+        d_state=mixer.d_state,
+        expand=mixer.expand,
+        headdim=mixer.headdim,
+        ngroups=mixer.num_bc_heads,
+        rope_fraction=2 / mixer.rotary_dim_divisor,
+        A_floor=mixer.A_floor,
+        is_outproj_norm=mixer.is_outproj_norm,
+        is_mimo=mixer.is_mimo,
+        mimo_rank=mixer.mimo_rank,
+        chunk_size=mixer.chunk_size,
+        impl=impl,
+    )
+    # A young class: parameters that differ are other mathematics.
+    theirs = _shapes(mixer)
+    unlike = [name for name, shape in _shapes(layer).items() if theirs.pop(name, None) != shape] + list(theirs)
+    if mixer.in_proj.out_features != layer.in_proj.out_features:
+        unlike.append("in_proj")
+    if unlike:
+        raise InputError(
+            f"this {type(mixer).__name__} is not the one of mamba-ssm 2.3: {', '.join(unlike)} differ. Install "
+            f"mamba-ssm 2.3, or write a layer y, new_state = layer(x, state) for magc.GridCheckpoint"
+        )
+    return layer
+
+
+_MIXERS: dict[str, Callable[[Any, Impl], MixerLayer]] = {
+    "mamba_ssm.modules.mamba2.Mamba2": _mamba2,
+    "mamba_ssm.modules.mamba_simple.Mamba": _mamba,
+    "mamba_ssm.modules.mamba3.Mamba3": _mamba3,
+}
 
 
 class BlockLayer(nn.Module):
@@ -224,7 +268,7 @@ def adapt(model: Any, settings: Settings) -> Adapted:
     """Put a `MixerModel` or a `MambaLMHeadModel` on a grid.
 
     Raises:
-        InputError: a mixer that magc does not know (attention, Mamba-3).
+        InputError: a mixer that magc does not know (attention).
         LayerContractError: a mixer that is split over processes.
     """
     trunk = getattr(model, "backbone", model)
@@ -236,12 +280,16 @@ def adapt(model: Any, settings: Settings) -> Adapted:
     bypassed: dict[str, nn.Module] = {"norm_f": trunk.norm_f}
     for index, block in enumerate(trunk.layers):
         bypassed |= {f"layers.{index}": block, f"layers.{index}.norm": block.norm}
-        bypassed |= {f"layers.{index}.mixer": block.mixer, f"layers.{index}.mixer.conv1d": block.mixer.conv1d}
+        bypassed |= {f"layers.{index}.mixer": block.mixer}
+        inside = {name: getattr(block.mixer, name, None) for name in ("conv1d", *_NORMS)}
+        bypassed |= {f"layers.{index}.mixer.{name}": part for name, part in inside.items() if part is not None}
     grid = settings.grid(layers)
     forward = TrunkForward(trunk, grid, bypassed)
     notes = [
         "mixers and norms run as magc's layers with mamba-ssm's own parameters; projections and MLPs are its modules"
     ]
+    if any(isinstance(layer.mixer, Mamba3) for layer in layers):
+        notes.append("the scan of Mamba-3 runs in plain PyTorch on every device")
     if trunk is model:
         return Adapted(grid, (forward,), tuple(notes))
     if settings.logits:
@@ -262,10 +310,27 @@ def _share(layer: Any, mixer: Any) -> None:
         parameter = getattr(mixer, name, None)
         if parameter is not None and getattr(layer, name) is not parameter:
             layer.register_parameter(name, parameter)
-    norm = getattr(layer, "norm", None)
-    if norm is not None and norm.weight is not mixer.norm.weight:
-        norm.register_parameter("weight", mixer.norm.weight)
-        norm.eps, norm.group_size = mixer.norm.eps, mixer.norm.group_size
+    for name in _NORMS:
+        norm = getattr(layer, name, None)
+        theirs = getattr(mixer, name, None)
+        if norm is not None and theirs is not None and norm.weight is not theirs.weight:
+            norm.register_parameter("weight", theirs.weight)
+            norm.eps, norm.group_size = theirs.eps, theirs.group_size
+
+
+def _conv_sizes(mixer: Any) -> dict[str, Any]:
+    """What Mamba and Mamba-2 have in common."""
+    sizes: dict[str, Any] = {"d_state": mixer.d_state, "d_conv": mixer.d_conv, "expand": mixer.expand}
+    return sizes | {"bias": mixer.in_proj.bias is not None, "conv_bias": mixer.conv1d.bias is not None}
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of parameters, by name; without those of the projections, which are called as modules and may be LoRA's."""
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in module.named_parameters()
+        if not name.startswith(("in_proj.", "out_proj."))
+    }
 
 
 def _path(cls: type) -> str:

@@ -84,8 +84,8 @@ class GatedRMSNorm(nn.Module):
         """Set the weight to one."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return the normalised `x` gated by `z`; all shaped `(..., features)`."""
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Return the normalised `x` gated by `z`, or not gated without; all shaped `(..., features)`."""
         obstacle = _obstacle(self.group_size or self.weight.shape[0])
         return operators(self.impl, x.device, x.dtype, obstacle).gated_rms_norm(
             x,

@@ -55,6 +55,48 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(inner, d_model, bias=False)
 
 
+class Mamba3(nn.Module):
+    """`mamba_ssm.modules.mamba3.Mamba3`."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int,
+        headdim: int,
+        ngroups: int = 1,
+        rope_fraction: float = 0.5,
+        is_outproj_norm: bool = False,
+        is_mimo: bool = False,
+        mimo_rank: int = 2,
+        chunk_size: int = 4,
+        A_floor: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.d_state, self.expand, self.headdim = d_model, d_state, 2, headdim
+        self.chunk_size, self.A_floor, self.is_outproj_norm = chunk_size, A_floor, is_outproj_norm
+        self.is_mimo, self.mimo_rank = is_mimo, mimo_rank if is_mimo else 1
+        self.d_inner = 2 * d_model
+        self.nheads, self.num_bc_heads = self.d_inner // headdim, ngroups
+        self.rotary_dim_divisor = int(2 / rope_fraction)
+        self.num_rope_angles = int(d_state * rope_fraction) // 2
+        grouped = d_state * ngroups * self.mimo_rank
+        features = 2 * self.d_inner + 2 * grouped + 3 * self.nheads + self.num_rope_angles
+        self.in_proj = nn.Linear(d_model, features, bias=False)
+        self.dt_bias = nn.Parameter(torch.zeros(self.nheads))
+        self.B_bias = nn.Parameter(torch.ones(self.nheads, self.mimo_rank, d_state))
+        self.C_bias = nn.Parameter(torch.ones(self.nheads, self.mimo_rank, d_state))
+        self.B_norm, self.C_norm = Norm(d_state, 1e-5), Norm(d_state, 1e-5)
+        if is_mimo:
+            for name, value in {"mimo_x": 1 / mimo_rank, "mimo_z": 1.0, "mimo_o": 1 / mimo_rank}.items():
+                weight = torch.full((self.nheads, self.mimo_rank, headdim), value)
+                self.register_parameter(name, nn.Parameter(weight))
+        self.D = nn.Parameter(torch.ones(self.nheads))
+        if is_outproj_norm:
+            self.norm = Norm(self.d_inner, 1e-5, headdim)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+
 class Block(nn.Module):
     """`mamba_ssm.modules.block.Block`."""
 
@@ -103,6 +145,7 @@ class MambaLMHeadModel(nn.Module):
 for _cls, _module in {
     Mamba2: "modules.mamba2",
     Mamba: "modules.mamba_simple",
+    Mamba3: "modules.mamba3",
     MixerModel: "models.mixer_seq_simple",
     MambaLMHeadModel: "models.mixer_seq_simple",
 }.items():
