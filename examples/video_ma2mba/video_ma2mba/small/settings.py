@@ -31,9 +31,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("1", RatesConfig(projector=2e-3), 16, 150),
+    Stage("1", RatesConfig(projector=2e-3), 16, 200),
     Stage("1.5", RatesConfig(language=2e-4, vision=3e-5, projector=3e-4), 8, 24),
-    Stage("2", RatesConfig(language=2e-4, vision=3e-5, projector=3e-4), 16, 60),
+    Stage("2", RatesConfig(language=2e-4, vision=3e-5, projector=3e-4), 16, 40),
 )
 
 
