@@ -135,8 +135,9 @@ def signature(inputs: CellInputs) -> object:
 
 
 def form(leaf: Tensor) -> object:
-    """Equal for tensors that one box holds."""
-    return tuple(leaf.shape), leaf.stride(), leaf.dtype
+    """Equal for tensors that one box holds: what strides say of axes of size 1 (a batch of one) does not matter."""
+    strides = tuple(step if size > 1 else 0 for size, step in zip(leaf.shape, leaf.stride(), strict=True))
+    return tuple(leaf.shape), strides, leaf.dtype
 
 
 def _shape(flat: Flat | None) -> object:

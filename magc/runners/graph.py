@@ -81,7 +81,8 @@ class GraphCache:
             self.clear()
             self._surroundings = now
             self._params, self._dtype = stack.params, accumulate
-            self.proxies = make_proxies(stack.params, self)
+            # Not by a strong reference: Python does not find cycles through a tensor's hooks, so nothing would be freed.
+            self.proxies = make_proxies(stack.params, weakref.proxy(self))
 
     def clear(self) -> None:
         """Let go of all graphs, their memory and the sums."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -121,14 +123,36 @@ def test_groups_share_their_boxes() -> None:
     assert sizes[0] == sizes[1] > 0
 
 
-def test_each_kind_is_captured_once() -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_each_kind_is_captured_once(batch: int) -> None:
+    """In a batch of one, strides of the batch's axis may be anything, and make no other kind."""
+    torch.manual_seed(0)
+    made: list[nn.Module] = [Mamba2Block(32, d_state=16, headdim=16, chunk_size=16) for _ in range(4)]
     capturer = CallsAgain()
-    graphed = Graphed(layers(), Plan(layers=2, tokens=8), capturer)
-    counts = []
-    for call in range(4):
-        step(graphed, torch.randn(2, 64, 16), call)
+    graphed = Graphed(made, Plan(layers=2, tokens=16), capturer)
+    counts: list[int] = []
+    for _ in range(4):
+        y, _ = graphed(torch.randn(batch, 64, 32))
+        sum(leaf.sum() for leaf in y).backward()
         counts.append(capturer.captures)
     assert counts[1] == counts[2] == counts[3]
+    # Each group runs from no state and from one; each is recorded after both, and once with its output.
+    assert len(graphed.cache.forwards) == 4
+    assert len(graphed.cache.pairs) <= 6
+
+
+def test_nothing_outlives_the_grid() -> None:
+    """Cells that were captured to be timed are let go before the call, and those of a grid with it."""
+    graphed = Graphed(layers(), None, CallsAgain(), budget="1GiB")
+    before = weakref.WeakSet[object](found for found in gc.get_objects() if type(found) is GraphCache)
+    step(graphed, torch.randn(2, 64, 16))
+    gc.collect()
+    assert {id(found) for found in gc.get_objects() if type(found) is GraphCache} <= {id(found) for found in before}
+    cache = weakref.ref(graphed.cache)
+    del graphed
+    gc.collect()
+    before.clear()
+    assert cache() is None
 
 
 @pytest.mark.parametrize("refused", range(8))
@@ -186,8 +210,11 @@ def test_the_predicted_peak_counts_boxes(plan: Plan) -> None:
     assert costs.captured
     predicted = with_forecast(plan, costs, 512).forecast
     with MemoryMeter("cpu") as meter:
-        y, _ = graphed(x)
-        sum(leaf.sum() for leaf in y).backward()
+        for _ in range(2):  # of the second call are the pairs of kept cells
+            y, _ = graphed(x)
+            sum(leaf.sum() for leaf in y).backward()
+            del y
+            graphed.zero_grad()
     assert predicted is not None
     assert meter.peak_bytes == pytest.approx(predicted.peak_bytes, rel=0.1)
 

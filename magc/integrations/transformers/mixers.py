@@ -165,10 +165,11 @@ def gated_norm(mixer: Any) -> dict[str, Any] | None:
     norm = mixer.norm
     if isinstance(norm, nn.Identity):
         return None
+    # Releases of transformers say how many groups, or how large, or, where the norm has one only, neither.
     size = getattr(norm, "group_size", None)
     return {
         "eps": norm.variance_epsilon,
-        "group_size": norm.weight.shape[0] // norm.n_groups if size is None else size,
+        "group_size": norm.weight.shape[0] // getattr(norm, "n_groups", 1) if size is None else size,
         "norm_before_gate": getattr(norm, "norm_before_gate", False),
     }
 
