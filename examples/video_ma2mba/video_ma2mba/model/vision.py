@@ -78,8 +78,9 @@ class VisionTower(nn.Module):
     def _normalized(self, pixels: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
         x = pixels.permute(0, 3, 1, 2).to(torch.promote_types(dtype, torch.float32)) / 255
+        # Filled on the device: a copy from the host would make it wait, which a CUDA graph cannot hold.
         mean, std = (
-            torch.tensor(values, dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
+            torch.stack([torch.full((), value, dtype=x.dtype, device=x.device) for value in values]).view(1, 3, 1, 1)
             for values in (self.config.mean, self.config.std)
         )
         return ((x - mean) / std).to(dtype)
