@@ -284,7 +284,7 @@ class Execution:
         )
         self._tapes[group, segment] = tape
         if self._first_pass:
-            self._give_outputs(group, segment, tape.outputs)
+            self._give_outputs(group, segment, tape.take_outputs())
 
     def _needs(self, group: int, segment: int, inputs: CellInputs) -> CellNeeds:
         request = self._request

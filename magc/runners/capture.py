@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +39,18 @@ class Capturer(Protocol):
         ...
 
 
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """The one stream of a device that graphs are captured on: cuBLAS keeps a workspace for every stream it has seen."""
+    stream = torch.cuda.Stream(index)
+    with torch.cuda.stream(stream):
+        # Made here, the workspace is not part of a graph's memory, which it would outlive and keep.
+        some = torch.zeros(16, 16, dtype=torch.bfloat16, device=stream.device)
+        torch.mm(some, some)
+    stream.synchronize()
+    return stream
+
+
 class CudaCapturer:
     """Captures on one device.
 
@@ -47,7 +60,7 @@ class CudaCapturer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capture_stream(torch.empty(0, device=device).device.index)
 
     def new_pool(self) -> object:
         """A private pool of torch's allocator."""

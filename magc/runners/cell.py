@@ -56,8 +56,9 @@ class CellGrads:
 class Recorded(Protocol):
     """A recorded cell, to be back-propagated once by the runner that recorded it."""
 
-    outputs: CellOutputs
-    """What the cell made."""
+    def take_outputs(self) -> CellOutputs:
+        """What the cell made; to be asked for once."""
+        ...
 
 
 T = TypeVar("T", bound=Recorded)

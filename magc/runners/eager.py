@@ -26,6 +26,10 @@ class Tape:
     states: tuple[tuple[Tensor | None, ...], ...]
     outputs: CellOutputs
 
+    def take_outputs(self) -> CellOutputs:
+        """See `magc.runners.cell.Recorded`; the graph begins at these."""
+        return self.outputs
+
 
 class EagerRunner:
     """Runs, records and back-propagates cells with torch's autograd."""

@@ -135,7 +135,7 @@ class _Pair:
     """A captured recording of a cell and its captured backward.
 
     Attributes:
-        inputs: boxes; of the pair's own unless it is shared.
+        inputs: boxes; these and those below are the pair's own unless it is shared.
         outputs: boxes; what is of no use is not in them.
         grad_y, grad_states: boxes for the gradients to back-propagate.
         grads: boxes with what comes of it.
@@ -167,6 +167,13 @@ class GraphTape:
     eager: EagerTape | None
     watched: Sequence[Stage] = ()
     release: weakref.finalize[Any, Any] | None = field(default=None)
+
+    def take_outputs(self) -> CellOutputs:
+        """See `magc.runners.cell.Recorded`; those of a pair are copies, which it does not need."""
+        outputs = self.outputs
+        if self.pair is not None:
+            self.outputs = _NOTHING
+        return outputs
 
 
 class GraphRunner:
@@ -300,23 +307,26 @@ class GraphRunner:
                 return pair
         for index in {slot.index for stage in stages for slot in stage.slots}:
             cache.total(index)  # made now: what is made in a capture lies in the graph's memory
-        # What the backward reads must lie still until then, whatever runs in between.
-        boxes = (cache.boxes if shared else Boxes()).inputs(inputs)
+        # What the backward reads must lie still until then, whatever runs in between. A box made in a capture lies in that
+        # graph's memory, it may be where a tape was: only graphs that never run between a record and its backward, those
+        # that share the memory, may share boxes.
+        held = cache.boxes if shared else Boxes()
+        boxes = held.inputs(inputs)
         pool = cache.pool if shared else cache.capturer.new_pool()
         tapes: list[EagerTape] = []
 
         def record() -> CellOutputs:
             tape = self._eager.record(first, stages, boxes, needs, cache.proxies, output_needed=output_needed)
             tapes[:] = [tape]
-            return cache.boxes.take_outputs(tape.outputs) if output_needed else _NOTHING
+            return held.take_outputs(tape.outputs) if output_needed else _NOTHING
 
         recorded = self._capture(stages, pool, record)
         if recorded is None:
             return None
-        grad_y, grad_states = cache.boxes.gradients(tapes[0].outputs)
+        grad_y, grad_states = held.gradients(tapes[0].outputs)
 
         def backward() -> CellGrads:
-            return cache.boxes.take_grads(self._eager.backward(tapes.pop(), grad_y, grad_states))
+            return held.take_grads(self._eager.backward(tapes.pop(), grad_y, grad_states))
 
         replayed = self._capture(stages, pool, backward)
         if replayed is None:

@@ -123,6 +123,28 @@ def test_groups_share_their_boxes() -> None:
     assert sizes[0] == sizes[1] > 0
 
 
+def test_cells_that_wait_for_their_backward_share_no_box() -> None:
+    """A box of a graph's memory may lie where another's tape is, which nothing may write to before its backward."""
+    capturer = CallsAgain()
+    graphed = Graphed(layers(), Plan(layers=2, tokens=8, keep=5), capturer)
+    for call in range(3):
+        step(graphed, torch.randn(2, 64, 16), call)
+
+    def places(found: Any) -> set[int]:
+        cells = (found.inputs.x, *found.inputs.states, found.outputs.y, *found.outputs.states)
+        leaves = [leaf for flat in cells if flat is not None for leaf in flat.leaves]
+        leaves += [*found.grad_y, *found.grads.x]
+        leaves += [leaf for state in (*found.grad_states, *found.grads.states) for leaf in state]
+        return {leaf.data_ptr() for leaf in leaves if leaf is not None}
+
+    made = [found for pairs in graphed.cache.pairs.values() for found in pairs]
+    alone = [found for found in made if not found.shared]
+    assert len(alone) >= 4
+    for index, found in enumerate(alone):
+        others = [*alone[:index], *alone[index + 1 :], *(one for one in made if one.shared)]
+        assert not places(found) & set().union(*map(places, others))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_each_kind_is_captured_once(batch: int) -> None:
     """In a batch of one, strides of the batch's axis may be anything, and make no other kind."""
