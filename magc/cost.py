@@ -235,6 +235,12 @@ class CostModel:
         states = 4 * max(cell.state_bytes for cells in columns for cell in cells)
         return borders + states + sum(cell.grad_bytes_single for cell in columns[0])
 
+    @staticmethod
+    def apart_bytes(cell: CellCost) -> int:
+        """What a captured cell takes that waits for its backward beside another: boxes and memory of its own, which stay."""
+        boxes = 2 * (cell.input_bytes + cell.output_bytes) + 4 * cell.state_bytes
+        return boxes + max(cell.record_peak, cell.tape_bytes + cell.backward_peak)
+
 
 def _compose(
     input_bytes: int,

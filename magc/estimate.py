@@ -20,11 +20,12 @@ from magc.simulate import Breakdown, Ledger, Term, copies_block
 from magc.tiers import Tier
 
 _RUN_COLUMNS = 3
-_KEPT_COLUMNS = 3
+_KEPT_COLUMNS = 4
 _SNAPSHOTS = 2
 _TERMS = tuple(Term)
 _BORDERS, _STATES = _TERMS.index(Term.BORDERS), _TERMS.index(Term.STATES)
 _OUTPUT = _TERMS.index(Term.OUTPUT)
+_CAPTURED = _TERMS.index(Term.CAPTURED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +148,8 @@ class _Phases:
                 self.other[tier] += nbytes * count
         kept = [0] * len(_TERMS)
         if more_kept:
-            first = len(self._column_ends) - _KEPT_COLUMNS
-            before, after = self._column_ends[first], self._column_ends[first + 1]
+            # Two in the middle: the first may be another's, with graphs, and the last one ragged.
+            before, after = self._column_ends[-3:-1]
             kept = [(b - a) * more_kept for a, b in zip(before, after, strict=True)]
         more_tokens = full.grid.tokens.length - self._schedule.grid.tokens.length
         per_token = 0.0 if costs.head is not None else cells[-1].output_bytes / full.grid.tokens.part_length(0)
@@ -157,7 +158,13 @@ class _Phases:
         for phase, (keeps, extra) in enumerate(
             ((False, output), (True, output), (True, output + grad_input), (False, output + grad_input))
         ):
-            growth = [a + (b if keeps else 0) for a, b in zip(run, kept, strict=True)]
+            # What cells of their own memory took stays.
+            growth = [
+                a + (b if keeps or index == _CAPTURED else 0)
+                for index, (a, b) in enumerate(zip(run, kept, strict=True))
+            ]
+            if phase == 0:
+                growth[_CAPTURED] = 0
             growth[_OUTPUT] += extra
             self.terms[phase] = [a + b for a, b in zip(self.terms[phase], growth, strict=True)]
             self.peaks[phase] += sum(growth)

@@ -123,6 +123,8 @@ class Ledger:
         self._recorded: dict[tuple[int, int], list[tuple[Kind, int, int]]] = {}
         self._kept_outputs: dict[tuple[int, int], list[tuple[Kind, int, int]]] = {}
         self._output_cell: tuple[int, int] | None = None
+        self._apart: set[tuple[int, int]] = set()
+        self._one_waits = False
         self._touched: set[int] = set()
         self._first_pass = True
         self._output_made = self._input_grad_made = False
@@ -339,6 +341,10 @@ class Ledger:
 
     def _record(self, group: int, segment: int) -> int:
         cell = self._cell(group, segment)
+        if self._costs.captured and self._first_pass:
+            if self._one_waits:
+                return self._record_apart(group, segment, cell)
+            self._one_waits = True
         self._recorded[group, segment] = self._enter(group, segment)
         height = self._work(cell.record_peak, cell.tape_bytes)
         self.seconds += cell.record_seconds
@@ -363,6 +369,16 @@ class Ledger:
             self._kept_outputs[group, segment] = outputs
         return height
 
+    def _record_apart(self, group: int, segment: int, cell: CellCost) -> int:
+        """Record a captured cell while another waits for its backward: its graphs have memory of their own."""
+        keys = self._enter(group, segment)
+        self._add(_CAPTURED, self._costs.apart_bytes(cell))
+        self._apart.add((group, segment))
+        self.seconds += cell.record_seconds
+        self._leave(keys)
+        self._produce(group, segment, cell)
+        return self.live
+
     def _collect_recorded(self, cell: CellCost, where: tuple[int, int]) -> None:
         if self._single and self._costs.head is None:
             # The output is the graph's own tensor; it outlives the graph.
@@ -382,12 +398,16 @@ class Ledger:
             self._input_grad_made = True
             if not self._single:
                 self._add(_OUTPUT, int(self._costs.input_bytes_per_token * self._schedule.grid.tokens.length))
-        if not first:
+        apart = (group, segment) in self._apart
+        if apart:
+            height = self.live
+        elif not first:
             height = self._work(cell.backward_peak)
         else:
             height = self._work(cell.first_backward_peak_single if self._single else cell.first_backward_peak)
         self.seconds += cell.backward_seconds
-        self._add(_ACTIVATIONS, -cell.tape_bytes)
+        if not apart:
+            self._add(_ACTIVATIONS, -cell.tape_bytes)
         self._add(_PARAMETERS, touched)
         for key in self._kept_outputs.pop((group, segment), []):
             nbytes = self._bytes(key)
@@ -395,7 +415,8 @@ class Ledger:
             self._release(key, nbytes)
         if (group, segment) == self._output_cell:
             self._add(_ACTIVATIONS, cell.output_bytes)
-        self._leave(self._recorded.pop((group, segment)))
+        if not apart:
+            self._leave(self._recorded.pop((group, segment)))
         if group + 1 < self._groups:
             self._add(_GRADIENTS, -cell.output_bytes)
         if segment + 1 < self._segments:

@@ -1,7 +1,8 @@
 """All plans that the planner considers, costed at once.
 
 A base plan is a cell size, the tiers of borders and states, and a number of snapshots; its peak and time are linear in
-the number of trailing columns kept, so the most columns that fit follow from the budget directly. The list of bases
+the number of trailing columns kept, so the most columns that fit follow from the budget directly. Bases of which only
+some cells of the last column are kept fill the step from one cell to a column. The list of bases
 does not depend on the budget. Peaks here are upper bounds of ``magc.estimate`` (a column's ragged end counts as whole,
 what is let go while a column is worked on counts to its end); seconds are the same.
 """
@@ -58,13 +59,16 @@ class _Row:
     run_backward: float
     keep_seconds: float
     last_keep_seconds: float
-    last_forward: float  # the last column when only the last cell is kept
+    last_forward: float  # the last column when only its last cells are kept
     last_backward: float
     again_seconds: float  # all groups run once more
     rebuild_seconds: float
     last_rebuild_seconds: float
     groups: float
+    top: float  # how many cells of the last column are kept if no column is
     captured: float
+    apart: float  # a kept column whose captured cells have memory of their own
+    top_apart: float  # the same of the cells of ``top`` but the first
 
 
 class PlanTable:
@@ -80,8 +84,13 @@ class PlanTable:
 
     def __init__(self, costs: CostModel, seq_len: int, lowest_layer: int, *, host: bool, disk: bool) -> None:
         self._costs, self._seq_len = costs, seq_len
-        self._sizes = [(layers, tokens) for tokens in token_sizes(seq_len) for layers in layer_sizes(costs.n_layers)]
-        rows = [_row(costs, seq_len, lowest_layer, layers, tokens) for layers, tokens in self._sizes]
+        self._sizes = [
+            (layers, tokens, top)
+            for tokens in token_sizes(seq_len)
+            for layers in layer_sizes(costs.n_layers)
+            for top in top_cells(costs.n_layers, layers)
+        ]
+        rows = [_row(costs, seq_len, lowest_layer, layers, tokens, top) for layers, tokens, top in self._sizes]
         self._rows: dict[str, Floats] = {
             field.name: np.array([getattr(row, field.name) for row in rows])[:, None, None] for field in fields(_Row)
         }
@@ -137,9 +146,14 @@ class PlanTable:
         alone = alone + row["output"] + input_grad + row["states_all"] + arriving
         top = stored + output + 2 * row["states_all"] + row["border"] + row["top_tape"] + row["top_work"] + arriving
         self._recompute = np.where(single, np.maximum(run, alone), np.maximum(run, again)) + row["captured"]
-        self._least = np.maximum(self._recompute, top + row["captured"])
+        self._least = np.maximum(self._recompute, top + row["captured"]) + row["top_apart"]
         everything = np.where(single, row["output"], output) + input_grad
         self._keep = stored + everything + 2 * row["states_all"] + row["keep_work"] + arriving + row["captured"]
+        self._tape = row["tape"]
+        if self._costs.captured:
+            # Each kept cell has memory of its own, which is there in the recompute of the others too.
+            self._keep = np.maximum(self._keep - row["keep_work"], self._least) + row["states_all"]
+            self._tape = row["apart"]
         self._time(states_on, borders_on, rebuild, counts, some)
 
     def _time(
@@ -180,6 +194,7 @@ class PlanTable:
         usable = (segments > 2) & (counts < segments - 3)
         self._usable = np.where(some, usable, True) & ((row["segments"] > 1) | (rebuild == 0))
         group_share = (row["groups"] - 1) / row["groups"]
+        last_share = (row["groups"] - row["top"]) / row["groups"]
         twice = 1 + rebuild * group_share
 
         def seconds(forward: Floats, backward: Floats, share: Floats | float) -> Floats:
@@ -187,7 +202,7 @@ class PlanTable:
             return there + np.maximum(backward, copies * share * twice)
 
         self._run_seconds = seconds(row["run_forward"], row["run_backward"] + rebuild * row["rebuild_seconds"], 1.0)
-        last = seconds(row["last_forward"], row["last_backward"] + rebuild * row["last_rebuild_seconds"], group_share)
+        last = seconds(row["last_forward"], row["last_backward"] + rebuild * row["last_rebuild_seconds"], last_share)
         self._least_seconds = self._run_seconds * (segments - 1) + last + again * row["again_seconds"]
         every = np.maximum(1.0, steps // np.maximum(1.0, np.where(some, counts, 1.0)))
         self._least_seconds = self._least_seconds + np.where(
@@ -199,13 +214,13 @@ class PlanTable:
         """Plans that fit ``device`` and ``host`` bytes, fastest first, one for each base."""
         row = self._rows
         segments = row["segments"]
-        growth = row["tape"] - self._slope
+        growth = self._tape - self._slope
         room = device - self._keep
         with np.errstate(divide="ignore", invalid="ignore"):
             most = np.floor(np.where(growth > 0, room / growth, np.where(room >= 0, np.inf, -1.0)))
         most = np.minimum(most, np.broadcast_to(segments, most.shape))
         partly = (most < segments) & (self._recompute - self._slope * most > device)
-        kept = np.where((most >= 1) & ~partly & np.isnan(self._counts()), most, 0.0)
+        kept = np.where((most >= 1) & ~partly & np.isnan(self._counts()) & (row["top"] == 1), most, 0.0)
         host_fits = self._stored[Tier.HOST] - self._less[Tier.HOST] * kept <= host
         feasible = self._usable & host_fits & ((kept > 0) | (self._least <= device))
         rest = segments - kept
@@ -231,10 +246,10 @@ class PlanTable:
 
     def _plan(self, index: int, kept: float) -> Plan:
         size, place, snapshots = np.unravel_index(index, self._keep.shape)
-        layers, tokens = self._sizes[int(size)]
+        layers, tokens, top = self._sizes[int(size)]
         states, borders = self._places[int(place)]
         segments, groups = (int(self._rows[name][size, 0, 0]) for name in ("segments", "groups"))
-        keep: int | Literal["all"] = 1 if kept == 0 else ALL if kept >= segments else int(kept) * groups
+        keep: int | Literal["all"] = top if kept == 0 else ALL if kept >= segments else int(kept) * groups
         return Plan(
             layers=layers,
             tokens=tokens,
@@ -255,6 +270,12 @@ def layer_sizes(n_layers: int) -> list[int]:
     return sorted(sizes)
 
 
+def top_cells(n_layers: int, layers: int) -> list[int]:
+    """How many cells of the last column to consider keeping: one, and about the quarters of a column."""
+    groups = -(-n_layers // layers)
+    return sorted({1, *(part for part in (groups // 4, groups // 2, 3 * groups // 4, groups - 1) if part > 1)})
+
+
 def token_sizes(seq_len: int) -> list[int]:
     """Tokens per segment to consider: powers of two, and the whole sequence."""
     least = max(1, min(_SHORTEST, seq_len // 4), seq_len // _MOST_SEGMENTS)
@@ -272,7 +293,7 @@ def _placements(offload: list[Tier]) -> Iterator[tuple[Tier, Border]]:
             yield states, border
 
 
-def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens: int) -> _Row:
+def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens: int, top: int) -> _Row:
     axis = make_axis("layers", costs.n_layers, layers)
     bounds = list(axis.all_bounds())
     segments = -(-seq_len // tokens)
@@ -298,6 +319,9 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
     def sum_above(values: Floats) -> Floats:
         return np.cumsum(values[::-1])[::-1] - values
 
+    # Frozen groups are never kept.
+    top = min(top, len(cells) - lowest)
+    apart = np.array([costs.apart_bytes(cell) if costs.captured else 0 for cell in cells], dtype=np.float64)
     record_or_backward = np.maximum(tape + backward, record_peak)
     first = np.maximum(tape + first_backward, record_peak) + sum_above(grads) + above + states
     unkeep = first_backward + sum_above(grads) + above - sum_above(tape - 2 * states)
@@ -314,12 +338,12 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
         borders=borders.sum(),
         border=float(inputs.max()),
         tape=tape[trained].sum() + inputs[lowest],
-        top_tape=tape[-1] + inputs[-1],
+        top_tape=tape[-top:].sum() + inputs[-top],
         run_work=(run_peak + inputs).max(),
         run_work_stored=(run_peak + np.where(borders > 0, 0.0, inputs)).max(),
         record_work=(inputs + states + record_or_backward)[trained].max(),
         keep_work=max(unkeep[trained].max(), keep_record[trained].max(), unkeep_next if segments > 1 else 0.0, frozen),
-        top_work=max(first_backward[-1], record_peak[-1] - tape[-1]),
+        top_work=max(unkeep[-top:].max(), keep_record[-top:].max()),
         alone_work=(first + np.cumsum(borders) + np.where(borders > 0, 0.0, inputs))[trained].max(),
         alone_work_away=(first + inputs)[trained].max(),
         grads=grads.sum(),
@@ -330,13 +354,16 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
         run_backward=_backward_seconds(cells, lowest, len(cells)),
         keep_seconds=_forward_seconds(cells, lowest, 0) + _backward_seconds(cells, lowest, 0),
         last_keep_seconds=_forward_seconds(last, lowest, 0) + _backward_seconds(last, lowest, 0),
-        last_forward=_forward_seconds(last, lowest, len(cells) - 1),
-        last_backward=_backward_seconds(last, lowest, len(cells) - 1),
+        last_forward=_forward_seconds(last, lowest, len(cells) - top),
+        last_backward=_backward_seconds(last, lowest, len(cells) - top),
         again_seconds=sum(cell.run_seconds for cell in cells[lowest:]),
         rebuild_seconds=sum(cell.run_seconds for cell in cells[:-1]),
-        last_rebuild_seconds=sum(cell.run_seconds for cell in last[:-2]) if len(cells) - 1 > lowest else 0.0,
+        last_rebuild_seconds=sum(cell.run_seconds for cell in last[: -top - 1]) if len(cells) - top > lowest else 0.0,
         groups=len(cells),
+        top=top,
         captured=costs.captured_bytes((cells,) if tail == tokens else (cells, last)),
+        apart=apart[trained].sum(),
+        top_apart=apart[-top:].sum() if top > 1 else 0.0,
     )
 
 
