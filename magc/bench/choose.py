@@ -22,13 +22,14 @@ _UNBOUNDED = 1 << 60
 _CLOSE = 1.01
 
 
-def make_plan(case: Case, costs: CostModel, config: Mamba2Config) -> Plan:
+def make_plan(case: Case, costs: CostModel, config: Mamba2Config, taken: int = 0) -> Plan:
     """The plan of a case, with a forecast.
 
     Args:
         case: what is measured.
         costs: of its model.
         config: the model's sizes.
+        taken: bytes of the case's budget that are allocated already, by libraries.
 
     Raises:
         BudgetError: nothing fits; says what would be needed.
@@ -45,7 +46,7 @@ def make_plan(case: Case, costs: CostModel, config: Mamba2Config) -> Plan:
         case Method.PLAN:
             plan = parse_plan(case.plan or "")
         case Method.AUTO | Method.MINIMUM:
-            plan = _planned(case, costs)
+            plan = _planned(case, costs, taken)
     return with_forecast(plan, costs, case.tokens)
 
 
@@ -70,16 +71,16 @@ def without_gradients(costs: CostModel) -> CostModel:
     )
 
 
-def _planned(case: Case, costs: CostModel) -> Plan:
+def _planned(case: Case, costs: CostModel, taken: int) -> Plan:
     planner = Planner(without_gradients(costs), case.tokens, host=case.host_budget > 0, disk=case.disk)
     if case.budget_bytes is None:
         return _least(planner, case.host_budget, case.slowdown)
-    ids = _ID_BYTES * case.tokens
+    taken += _ID_BYTES * case.tokens
     try:
-        return planner.plan(case.budget_bytes - ids, case.host_budget)
+        return planner.plan(case.budget_bytes - taken, case.host_budget)
     except BudgetError:
         smallest = planner.smallest(case.host_budget)
-        needed = math.ceil(smallest.estimate.peak_bytes / (1 - MARGIN)) + 1 + ids
+        needed = math.ceil(smallest.estimate.peak_bytes / (1 - MARGIN)) + 1 + taken
         raise BudgetError(f"needs {format_bytes(needed)} over weights and gradient buffers ({smallest.plan})") from None
 
 

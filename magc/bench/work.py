@@ -131,6 +131,7 @@ class Prepared:
         grid: the layers under the plan.
         head: the model's, or that of the last token only.
         ids, targets: ``(1, tokens)`` on the device.
+        taken: bytes that libraries had allocated for themselves before the case, cuBLAS's workspaces above all.
     """
 
     case: Case
@@ -140,6 +141,7 @@ class Prepared:
     head: nn.Module
     ids: Tensor
     targets: Tensor
+    taken: int
 
     @property
     def forecast(self) -> Forecast:
@@ -149,9 +151,9 @@ class Prepared:
 
     @property
     def predicted_over(self) -> int:
-        """Predicted peak over weights and gradient buffers, token ids included."""
+        """Predicted peak over weights and gradient buffers, token ids and what libraries hold included."""
         found = estimate(self.plan, without_gradients(self.forecast.costs), self.case.tokens)
-        return found.peak_bytes + self.ids.nbytes + self.targets.nbytes
+        return found.peak_bytes + self.ids.nbytes + self.targets.nbytes + self.taken
 
     def run(self, tokens: int | None = None) -> None:
         """Forward and backward of the last ``tokens`` tokens, gradients made afresh; waits for the device."""
@@ -250,10 +252,14 @@ class Workbench:
 
     def is_clean(self) -> bool:
         """Whether nothing but the model is left on a GPU: what a case that failed took has come back."""
+        return self._beside_weights() < _LEFT_BYTES
+
+    def _beside_weights(self) -> int:
+        """Bytes allocated on a GPU, less the model's."""
         if self.device.type != "cuda":
-            return True
+            return 0
         weights = 0 if self._model is None else sum(parameter.nbytes for parameter in self._model.parameters())
-        return torch.cuda.memory_allocated(self.device) - weights < _LEFT_BYTES
+        return max(0, torch.cuda.memory_allocated(self.device) - weights)
 
     def _measure(self, case: Case, effort: Effort, progress: Progress) -> Result:
         began = time.perf_counter()
@@ -261,7 +267,7 @@ class Workbench:
             found = step.forecast.estimate
             predicted: dict[str, Any] = {
                 "predicted_bytes": step.predicted_over,
-                "predicted_gross_bytes": found.peak_bytes + step.ids.nbytes + step.targets.nbytes,
+                "predicted_gross_bytes": found.peak_bytes + step.ids.nbytes + step.targets.nbytes + step.taken,
                 "predicted_seconds": found.seconds,
                 "host_bytes": found.host_bytes,
                 "disk_bytes": found.disk_bytes,
@@ -325,10 +331,13 @@ class Workbench:
         model = self._model_of(case)
         head = model.head if case.head == "full" else LastToken(model.head)
         told("planning")
-        plan = make_plan(case, self._costs_of(case, model, head), model.config)
+        costs = self._costs_of(case, model, head)
+        self._clean()
+        taken = self._beside_weights()
+        plan = make_plan(case, costs, model.config, taken)
         grid = Grid(model.layers, plan, runner=case.runner, disk_dir=disk_dir, pools=self._pools)
         try:
-            yield Prepared(case, plan, model, grid, head, *_batch(case, model.config.vocab_size, self.device))
+            yield Prepared(case, plan, model, grid, head, *_batch(case, model.config.vocab_size, self.device), taken)
         finally:
             model.zero_grad(set_to_none=True)
             grid.release_graphs()
