@@ -30,6 +30,8 @@ from magc.meter import MemoryMeter
 from magc.units import format_bytes
 
 _STEPS = 3
+_PATIENCE = 10.0
+"""Seconds; no further step is timed when those before took more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,18 @@ class Row:
 
 
 def measure(model: nn.Module, step: Callable[[], None], device: torch.device) -> tuple[int, float]:
-    """Peak over weights and gradients, and seconds, of a step. The first runs compile, plan and set up."""
-    for _ in range(2):
-        model.zero_grad(set_to_none=True)
-        step()
+    """Peak over weights and gradients, and seconds, of a step. The first one compiles, plans and sets up."""
+    step()
     model.zero_grad(set_to_none=True)
+    _wait(device)
+    start = time.perf_counter()
     with MemoryMeter(device) as meter:
         step()
+        _wait(device)
+    # On a GPU the allocator counts and takes no time; on a CPU the meter slows the step down.
+    seconds = [time.perf_counter() - start] if device.type == "cuda" else []
     gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
-    seconds: list[float] = []
-    for _ in range(_STEPS):
+    while not seconds or (len(seconds) < _STEPS and sum(seconds) < _PATIENCE):
         model.zero_grad(set_to_none=True)
         _wait(device)
         start = time.perf_counter()
@@ -146,7 +150,13 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.cases.split(","):
         rows += CASES[name](device, options.small)
         _free(device)
-    out = Path(options.out)
+        _write(Path(options.out), device, rows)
+    print("| case | tokens | peak | tokens/s | plan |\n| --- | --- | --- | --- | --- |")
+    print("\n".join(map(str, rows)))
+
+
+def _write(out: Path, device: torch.device, rows: list[Row]) -> None:
+    """After every case, so that a run that is cut off leaves what it measured."""
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
@@ -154,8 +164,6 @@ def main(argv: list[str] | None = None) -> None:
         "rows": [asdict(row) for row in rows],
     }
     (out / "wrap.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print("| case | tokens | peak | tokens/s | plan |\n| --- | --- | --- | --- | --- |")
-    print("\n".join(map(str, rows)))
 
 
 def _plan(model: nn.Module) -> str:

@@ -53,6 +53,7 @@ PRESETS: dict[str, Preset] = {
                 "--budget",
                 "40GiB,6GiB,24GiB,12GiB,3GiB,32GiB,16GiB,8GiB",
             ),
+            (*_BIG, "--lengths", "2^14", "--methods", "auto", "--budget", "40GiB,24GiB", "--keep", "projection"),
             (*_BIG, "--lengths", "2^14", "--methods", "none,per-layer,sqrt,paper,minimum"),
         ),
     ),
