@@ -27,7 +27,7 @@ from torch import nn
 import magc
 from magc.bench.work import is_out_of_memory
 from magc.meter import MemoryMeter
-from magc.units import format_bytes
+from magc.units import format_bytes, parse_bytes
 
 _STEPS = 3
 _PATIENCE = 10.0
@@ -124,10 +124,11 @@ def mamba2(device: torch.device, small: bool) -> list[Row]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
-        model = Mamba2ForCausalLM(config).to(dtype).train()
+        model: nn.Module = Mamba2ForCausalLM(config)
+    model.to(dtype=dtype).train()
     # Gradients are summed in float32 and the budget counts them; the aim is over weights and gradients.
     sums = sum(parameter.numel() * 4 for parameter in model.parameters())
-    given = magc.units.parse_bytes(budget) + sums
+    given = parse_bytes(budget) + sums
     magc.wrap(model, budget=given, host_budget=None if small else "64GiB")
     ids = torch.randint(3, config.vocab_size, (1, tokens), device=device)
     peak, seconds = measure(model, lambda: model(input_ids=ids, labels=ids).loss.backward(), device)

@@ -15,6 +15,7 @@ from magc.function import apply_grid
 from magc.pinned import PinnedPool
 from magc.plan import Plan, PlanOrRule
 from magc.request import Observer, Request, make_request, make_schedule, shape_key
+from magc.runners.choice import Runner, require_runner
 from magc.runners.graph import GraphCache
 from magc.stack import StackMemory, build_stack
 from magc.tree import Flat, PyTree
@@ -75,7 +76,7 @@ class GridCheckpoint(nn.Module):
         seq_dim: int = 1,
         accumulate: torch.dtype = torch.float32,
         check_finite: bool = False,
-        runner: Literal["eager", "cuda-graph"] = "eager",
+        runner: Runner = "eager",
         plan_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -87,9 +88,8 @@ class GridCheckpoint(nn.Module):
         if plan is not None:
             _require_plan_or_rule(plan)
         _require_accumulate(accumulate)
-        if runner not in ("eager", "cuda-graph"):
-            raise InputError(f"runner={runner!r}: give 'eager' or 'cuda-graph'")
-        self.runner = runner
+        require_runner(runner)
+        self.runner: Runner = runner
         self.layers = layers if isinstance(layers, nn.ModuleList) else _module_list(layers)
         self.plan = plan
         self.budget = None if budget is None else parse_bytes(budget)
@@ -262,12 +262,8 @@ class GridCheckpoint(nn.Module):
             disk_dir=self.disk_dir,
             check_finite=self.check_finite,
         )
+        require_runner(self.runner, request.device)
         if request.device.type != "cuda":
-            if self.runner == "cuda-graph":
-                raise InputError(
-                    f"runner='cuda-graph' needs the layers on a CUDA device, but they are on {request.device}; move them "
-                    f"there, or give runner='eager'"
-                )
             return request
         # Pinning takes 0.4 s per GiB: one pool serves all calls, and grows to what the largest needs.
         pool = self._pools.setdefault(request.device, PinnedPool(request.device))

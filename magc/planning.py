@@ -18,6 +18,8 @@ from magc.plan import Plan
 from magc.planner import Planner
 from magc.profile import profile, sample_lengths
 from magc.request import Request, make_request, make_schedule
+from magc.runners.choice import Runner, require_runner
+from magc.runners.graph import GraphCache
 from magc.stack import Stage, build_stack
 from magc.tree import PyTree
 from magc.units import format_bytes, parse_bytes
@@ -39,6 +41,7 @@ def plan(
     targets: PyTree = None,
     seq_dim: int = 1,
     accumulate: torch.dtype = torch.float32,
+    runner: Runner = "eager",
     progress: Progress | None = None,
     **side: PyTree,
 ) -> Plan:
@@ -57,6 +60,8 @@ def plan(
         targets: the example's targets.
         seq_dim: the sequence axis.
         accumulate: dtype in which parameter gradients are summed over cells.
+        runner: of cells, as in `GridCheckpoint`: with ``"cuda-graph"`` replays are timed, and what captured cells take is
+            counted.
         progress: told what is being measured.
         side: per-token inputs of the layers, for the example.
 
@@ -68,7 +73,7 @@ def plan(
         InputError, LayerContractError: as for a call.
     """
     with gathered((stem, *layers, head), layers) as parameters:
-        request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate)
+        request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate, runner)
         held = parameters.gathered_bytes
         tokens = seq_len or request.inputs.length
         return _plan(request, tokens, parse_bytes(budget) - held, _host(host_budget), disk, progress, held)
@@ -85,6 +90,7 @@ def forecast(
     targets: PyTree = None,
     seq_dim: int = 1,
     accumulate: torch.dtype = torch.float32,
+    runner: Runner = "eager",
     progress: Progress | None = None,
     **side: PyTree,
 ) -> Plan:
@@ -99,7 +105,7 @@ def forecast(
         PlanError: the plan does not fit the layers or the length.
     """
     with gathered((stem, *layers, head), layers):
-        request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate)
+        request = _example_request(layers, example, side, stem, head, targets, seq_dim, accumulate, runner)
         return _forecast(given, request, seq_len or request.inputs.length, progress)
 
 
@@ -205,7 +211,10 @@ def _example_request(
     targets: PyTree,
     seq_dim: int,
     accumulate: torch.dtype,
+    runner: Runner,
 ) -> Request:
     stack = build_stack(layers, stem=stem, head=head, seq_dim=seq_dim)
     with torch.enable_grad():
-        return make_request(stack, example, None, side, targets=targets, accumulate=accumulate)
+        request = make_request(stack, example, None, side, targets=targets, accumulate=accumulate)
+    require_runner(runner, request.device)
+    return replace(request, graphs=GraphCache(request.device)) if runner == "cuda-graph" else request

@@ -12,11 +12,11 @@ from magc.bench.spec import parse_plan
 from magc.errors import InputError
 from magc.nn import Mamba2Config
 from magc.paper import PAPER_TABLE_3
+from magc.runners.choice import Runner
 from magc.sizes import Head, parse_tokens
 from magc.units import format_bytes
 from magc_kernels.mamba2.values import Keep
 
-Runner = Literal["eager", "cuda-graph"]
 Budget = int | Literal["paper"]
 
 TINY = "tiny"

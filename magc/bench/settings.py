@@ -22,7 +22,6 @@ from magc.bench.cases import (
     Case,
     Choice,
     Method,
-    Runner,
     cases,
     model_name,
     parse_lengths,
@@ -31,6 +30,7 @@ from magc.bench.presets import PRESETS
 from magc.bench.spec import parse_plan, plan_text
 from magc.bench.work import Effort
 from magc.errors import InputError
+from magc.runners.choice import Runner
 from magc.units import parse_bytes
 
 _DESCRIPTION = """\

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from magc.accumulate import GradAccumulator
-from magc.bench.cases import Case, Runner, config_of
+from magc.bench.cases import Case, config_of
 from magc.bench.choose import make_plan, without_gradients
 from magc.bench.peak import MakesSums, Peak, measure_peak
 from magc.bench.result import Result, Status
@@ -28,6 +28,7 @@ from magc.pinned import PIECE_BYTES, PinnedBlock, PinnedPool
 from magc.plan import Plan
 from magc.profile import profile
 from magc.request import Request
+from magc.runners.choice import Runner
 from magc.sizes import Head, LastToken
 
 Progress = Callable[[str], None]

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,12 +23,11 @@ from magc.plan import Plan, PlanOrRule
 from magc.planning import with_notes
 from magc.report import paragraph
 from magc.request import Request
+from magc.runners.choice import Runner
 from magc.units import format_bytes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Runner = Literal["eager", "cuda-graph"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

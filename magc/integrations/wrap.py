@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from magc.errors import InputError
-from magc.integrations.forward import Adapted, GridForward, Runner, Settings, Unbound, Wrapped
+from magc.integrations.forward import Adapted, GridForward, Settings, Unbound, Wrapped
 from magc.integrations.registry import adapter_of
 from magc.nn.operators import Impl, check_impl
 from magc.plan import PlanOrRule
+from magc.runners.choice import Runner
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import magc
 from magc import GridCheckpoint, Plan
 from magc.errors import InputError
 from magc.nn import Mamba2Config, Mamba2LM
@@ -218,6 +219,22 @@ def test_graphs_need_a_gpu() -> None:
     grid = GridCheckpoint([Decay(4)], Plan(tokens=2), runner="cuda-graph")
     with pytest.raises(InputError, match="needs the layers on a CUDA device"):
         grid(torch.zeros(1, 4, 4))
+
+
+@needs_gpu
+def test_a_plan_made_before_counts_captured_cells() -> None:
+    made = layers(features=256)
+    x = torch.randn(2, 512, 256, device="cuda")
+    eager, graphs = (magc.plan(made, x, budget="64MiB", runner=runner) for runner in ("eager", "cuda-graph"))
+    assert graphs.forecast is not None
+    assert graphs.forecast.costs.captured
+    assert eager.forecast is not None
+    assert not eager.forecast.costs.captured
+
+
+def test_planning_for_graphs_needs_a_gpu() -> None:
+    with pytest.raises(InputError, match="needs the layers on a CUDA device"):
+        magc.plan([Decay(4)], torch.zeros(1, 4, 4), budget="1MiB", runner="cuda-graph")
 
 
 def test_an_unknown_runner_is_refused() -> None:

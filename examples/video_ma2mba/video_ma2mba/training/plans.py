@@ -55,6 +55,7 @@ class Plans:
                 stem=model.stem,
                 head=model.head,
                 targets=batch.targets,
+                runner=memory.runner,
             )
         self._made[length] = plan
         if self._told is not None:
@@ -75,4 +76,4 @@ class Plans:
             self._made = {length: Plan(**fields) for length, fields in state["plans"].items()}
 
     def _key(self) -> list[str | None]:
-        return [self._memory.budget, self._memory.host_budget]
+        return [self._memory.budget, self._memory.host_budget, self._memory.runner]
