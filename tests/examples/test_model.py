@@ -172,7 +172,7 @@ def test_plain_forward_in_pieces() -> None:
 def test_embeddings_of_a_whole_video_never_exist() -> None:
     """Ten times the video, the same memory (what grows with it, borders and states, is on disk here)."""
     peaks: list[int] = []
-    for count in (20, 200):
+    for count in (12, 120):
         model = make_model()
         encoder = model.encoder(make_tokenizer())
         tokens = encoder.sample(talk("1", VIDEO, "Q?", "A."), [count])

@@ -22,14 +22,14 @@ from video_ma2mba.training.train import train
 @pytest.mark.slow
 def test_killed_by_the_system(tmp_path: Path) -> None:
     world = write_world(tmp_path / "world")
-    whole = train(make_run(world, tmp_path / "whole", steps=30))
+    whole = train(make_run(world, tmp_path / "whole", steps=16))
     sources = [{"format": "llava", "path": str(world / "train.json"), "media": str(world / "videos")}]
     options = {
         "--out": tmp_path / "killed",
         "--start.folder": world / "base",
         "--data.sources": json.dumps(sources),
         "--global_batch": 4,
-        "--steps": 30,
+        "--steps": 16,
         "--precision": "float64",
         "--checkpoints.every": 2,
         "--log.progress": "false",
@@ -41,14 +41,14 @@ def test_killed_by_the_system(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     log = tmp_path / "killed" / "log.jsonl"
     with subprocess.Popen(command, env=environment, cwd=root) as process:
-        while process.poll() is None and (not log.is_file() or log.read_text().count('"event": "step"') < 7):
+        while process.poll() is None and (not log.is_file() or log.read_text().count('"event": "step"') < 5):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert latest(tmp_path / "killed") is not None
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "30 steps done" in done.stdout
-    assert lines(tmp_path / "killed", "start")[-1]["step"] >= 6
+    assert "16 steps done" in done.stdout
+    assert lines(tmp_path / "killed", "start")[-1]["step"] >= 4
     found, wanted = weights(tmp_path / "killed" / "model"), weights(whole.folder)
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []

@@ -14,7 +14,7 @@ from torch import distributed
 from tests.distributed.ranks import RANKS, run_processes
 from tests.examples.runs import lines, make_run, weights, write_world
 from video_ma2mba.training.config import MemoryConfig, Parallel, RatesConfig
-from video_ma2mba.training.train import train
+from video_ma2mba.training.train import TrainResult, train
 
 ROUNDED: tuple[Parallel, ...] = ("zero1", "fsdp2")
 PART = RatesConfig(projector=1e-2)
@@ -81,14 +81,27 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The run of one process."""
+    return train(make_run(world, tmp_path_factory.mktemp("alone"), parallel="ddp"))
+
+
+@pytest.fixture(scope="module")
+def alone_in_bf16(world: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The same in low precision."""
+    return train(make_run(world, tmp_path_factory.mktemp("bf16"), precision="bfloat16", steps=3))
+
+
 @pytest.mark.parametrize("parallel", STRATEGIES)
-def test_two_ranks_are_one(world: Path, runs: Path, tmp_path: Path, parallel: Parallel) -> None:
-    alone = train(make_run(world, tmp_path / "one", parallel="ddp"))
+def test_two_ranks_are_one(runs: Path, alone: TrainResult, parallel: Parallel) -> None:
     expected, found = weights(alone.folder), weights(runs / parallel / "model")
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     steps = lines(runs / parallel, "step")
     assert [step["loss"] for step in steps] == pytest.approx(alone.losses, rel=1e-10)
-    assert [step["norm"] for step in steps] == pytest.approx([each["norm"] for each in lines(tmp_path / "one", "step")])
+    assert [step["norm"] for step in steps] == pytest.approx(
+        [each["norm"] for each in lines(alone.folder.parent, "step")]
+    )
 
 
 @pytest.mark.parametrize("parallel", STRATEGIES)
@@ -129,16 +142,15 @@ def test_a_part_is_trained_on_shards(world: Path, runs: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("parallel", ROUNDED)
-def test_bf16_on_two_ranks(world: Path, runs: Path, tmp_path: Path, parallel: Parallel) -> None:
+def test_bf16_on_two_ranks(runs: Path, alone_in_bf16: TrainResult, parallel: Parallel) -> None:
     """Gradients are added in float32, but which of them round otherwise is chance, so single weights may differ."""
-    alone = train(make_run(world, tmp_path / "one", precision="bfloat16", steps=3))
-    expected, found = weights(alone.folder), weights(runs / f"{parallel}-bf16" / "model")
+    expected, found = weights(alone_in_bf16.folder), weights(runs / f"{parallel}-bf16" / "model")
     kept = torch.float32 if parallel == "fsdp2" else torch.bfloat16
     assert {tensor.dtype for tensor in found.values()} == {kept}
     mine, other = (torch.cat([each[name].flatten().float() for name in expected]) for each in (found, expected))
     assert (mine - other).norm() < 0.01 * other.norm()
     losses = [line["loss"] for line in lines(runs / f"{parallel}-bf16", "step")]
-    assert losses == pytest.approx(alone.losses, rel=1e-2)
+    assert losses == pytest.approx(alone_in_bf16.losses, rel=1e-2)
 
 
 def test_one_process_on_shards(world: Path, tmp_path: Path) -> None:

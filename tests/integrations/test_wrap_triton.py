@@ -45,7 +45,7 @@ TOLERANCE = 2e-4
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    with triton_test():
+    with triton_test(small_tiles=True):
         yield
 
 

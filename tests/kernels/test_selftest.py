@@ -16,12 +16,13 @@ from magc_kernels.configs import ConvShape, NormShape, SelectiveScanShape, SSDSh
 from magc_kernels.conv._config import ConvConfig, ConvTile
 from magc_kernels.norm._config import NormConfig
 from magc_kernels.selective_scan._config import SelectiveScanConfig
+from magc_kernels.ssd._config import SSDConfig
 
 CPU_SHAPES = [
-    SSDShape(torch.float32, 16, 16),
+    SSDShape(torch.float32, 64, 16),  # few heads
     ConvShape(torch.float32, 3),
     NormShape(torch.float32, 40),
-    SelectiveScanShape(torch.float32, 4),
+    SelectiveScanShape(torch.float32, 16),
 ]
 
 
@@ -50,10 +51,17 @@ def test_every_operator_and_class_of_devices_is_listed_once() -> None:
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
 def test_shipped_configurations_pass(shape: Any) -> None:
     entry = entry_for(shape)
-    if isinstance(entry.config, NormConfig):  # the interpreter runs one program after another
+    # The interpreter runs one program after another, and one token after another.
+    if isinstance(entry.config, ConvConfig):
+        forward, backward = entry.config.forward, entry.config.backward
+        tiles = ConvConfig(replace(forward, run=8, channels=32), replace(backward, run=8))
+        entry = replace(entry, config=tiles)
+    if isinstance(entry.config, NormConfig):
         entry = replace(entry, config=replace(entry.config, backward_programs=3))
-    if isinstance(entry.config, SelectiveScanConfig):  # and one token after another
+    if isinstance(entry.config, SelectiveScanConfig):
         entry = replace(entry, config=replace(entry.config, chunk=8, share=1))
+    if isinstance(entry.config, SSDConfig):
+        entry = replace(entry, config=replace(entry.config, chunk=32, rows=16))
     result = selftest.run(entry, DEVICE)
     assert result.passed, (result.failures, result.errors)
     gradients = {name for name in result.errors if name.startswith("d")}

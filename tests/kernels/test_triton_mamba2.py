@@ -23,7 +23,7 @@ TOLERANCE = 2e-4 if ON_GPU else 2e-5
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    with triton_test():
+    with triton_test(small_tiles=True):
         yield
 
 
@@ -137,9 +137,9 @@ def gradients(result: Mamba2Outputs, inputs: Mamba2Inputs) -> dict[str, Tensor]:
 CASES = {
     "block": Case(),
     "start of the stream and of the sequence": Case(residual=False, states=False),
-    "mixer alone": Case(block_norm=False),
-    "no gated norm, biases": Case(norm=False, bias=True, conv_bias=False),
-    "gated MLP beside the scan, skip per channel": Case(mlp=8, per_channel_skip=True, length=16),
+    "mixer alone": Case(block_norm=False, batch=1),
+    "no gated norm, biases": Case(norm=False, bias=True, conv_bias=False, batch=1),
+    "gated MLP beside the scan, skip per channel": Case(mlp=8, per_channel_skip=True, length=16, batch=1),
     "packed, limits of dt": Case(packed=True, dt_limit=(0.1, 1.0)),
     "norm before gate, residual in the input's type": Case(norm_before_gate=True, residual_in_fp32=False, length=1),
 }
@@ -179,16 +179,17 @@ def test_what_is_kept_changes_no_bit() -> None:
 
 
 def test_bytes_kept_are_those_the_level_names() -> None:
-    case = Case(d_model=48, length=64, batch=1)
+    length = 32
+    case = Case(d_model=48, length=length, batch=1)
     inputs = convert(case.inputs(), torch.float32, DEVICE)
     scan, channels = 64, 64 + 2 * 2 * 16
-    projection = 4 * (2 * scan + 2 * 2 * 16 + 4) * 64
-    total = 4 * 48 * 64
-    states = 4 * (64 // 16) * 4 * 16 * 16 + 2 * 4 * 4 * 64
+    projection = 4 * (2 * scan + 2 * 2 * 16 + 4) * length
+    total = 4 * 48 * length
+    states = 4 * (length // 16) * 4 * 16 * 16 + 2 * 4 * 4 * length
     expected = {
         "projection": projection + total,
         "states": projection + total + states,
-        "outputs": projection + total + states + 4 * (channels + scan) * 64,
+        "outputs": projection + total + states + 4 * (channels + scan) * length,
     }
     given = {x.untyped_storage().data_ptr() for x in leaves(inputs).values()}
     for keep, nbytes in expected.items():
@@ -219,15 +220,15 @@ def test_output_that_nobody_reads_is_skipped_and_the_gradients_stay() -> None:
 
 
 def test_two_segments_are_the_whole() -> None:
-    inputs = convert(Case(batch=1, length=48).inputs(), torch.float32, DEVICE)
+    inputs = convert(replace(SMALL, length=24).inputs(), torch.float32, DEVICE)
     whole = fused.mamba2(inputs)
     assert inputs.residual is not None
-    head = replace(inputs, hidden=inputs.hidden[:, :32], residual=inputs.residual[:, :32])
+    head = replace(inputs, hidden=inputs.hidden[:, :16], residual=inputs.residual[:, :16])
     first = fused.mamba2(head)
     tail = replace(
         inputs,
-        hidden=inputs.hidden[:, 32:],
-        residual=inputs.residual[:, 32:],
+        hidden=inputs.hidden[:, 16:],
+        residual=inputs.residual[:, 16:],
         conv_state=first.conv_state,
         ssm_state=first.ssm_state,
     )

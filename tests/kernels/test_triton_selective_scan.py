@@ -294,17 +294,29 @@ def test_gradients_of_gradients_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "ratio"),
     [
         # Wider tiles in one kernel than in the others; fewer lanes than a panel has; blocks of one token.
-        {"rows": 1, "lanes": 32, "added_rows": 4, "backward_rows": 1, "backward_lanes": 8, "tokens": 1},
-        {"rows": 1, "lanes": 8, "backward_rows": 4, "backward_lanes": 32, "block": 1, "share": 1, "programs": 1},
-        {"rows": 4, "lanes": 2, "added_tokens": 1, "backward_rows": 2, "backward_lanes": 2, "tokens": 8, "block": 8},
+        ({"rows": 1, "lanes": 32, "added_rows": 4, "backward_rows": 1, "backward_lanes": 8, "tokens": 1}, 37),
+        ({"rows": 1, "lanes": 8, "backward_rows": 4, "backward_lanes": 32, "block": 1, "share": 1, "programs": 1}, 37),
+        (
+            {
+                "rows": 4,
+                "lanes": 2,
+                "added_tokens": 1,
+                "backward_rows": 2,
+                "backward_lanes": 2,
+                "tokens": 8,
+                "block": 8,
+                "share": 2,
+            },
+            13,
+        ),
     ],
 )
-def test_a_configuration_of_the_callers(changes: dict[str, int]) -> None:
+def test_a_configuration_of_the_callers(changes: dict[str, int], ratio: int) -> None:
     config = replace(selective_scan_config(4), chunk=8, **changes)
-    inputs = make_inputs(20, 11, ratio=37)
+    inputs = make_inputs(20, 11, ratio=ratio)
     actual = evaluate(autograd.selective_scan, inputs, torch.float32, dt_softplus=True, config=config)
     assert_all_close(actual, truth(inputs, dt_softplus=True), 2e-6)
 

@@ -228,16 +228,19 @@ def test_missing_extras_are_named(
     assert "pip install 'magc[demo]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("moment", ["magc.demo.train.evaluate", "magc.demo.figures.draw_loss"])
+@pytest.mark.parametrize(
+    ("moment", "threads"),
+    [("magc.demo.train.make_plan", "2"), ("magc.demo.train.evaluate", "1"), ("magc.demo.figures.draw_loss", "1")],
+)
 def test_an_interrupted_run_leaves_nothing(
-    moment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    moment: str, threads: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(moment, interrupted)
     root = small_corpus(tmp_path / "corpus")
-    options = ["--quick", "--steps", "1", "--seq-len", "64", "--threads", "2", "--corpus", str(root)]
+    options = ["--quick", "--steps", "1", "--seq-len", "64", "--threads", threads, "--corpus", str(root)]
     assert main([*options, "--out", str(tmp_path / "out")]) == 130
     assert torch.get_num_threads() == 1
     assert "interrupted" in capsys.readouterr().err
