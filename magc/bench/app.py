@@ -116,7 +116,7 @@ def _profile(settings: Settings, screen: _Screen, worker: Worker, facts: Facts, 
         if isinstance(found, Result):
             screen.line(f"{place}: {in_words(found)}")
             continue
-        path = settings.out / f"profile-{re.sub('[^a-z0-9.=^-]+', '-', str(case).lower()).replace('^', '')}"
+        path = settings.out / f"profile-{re.sub('[^a-z0-9.]+', '-', str(case).lower().replace('^', ''))}"
         values = {"case": case.as_dict(), "facts": asdict(replace(facts, date=_now())), **found.as_dict()}
         path.with_name(f"{path.name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         path.with_name(f"{path.name}.md").write_text(f"{found.as_markdown()}\n{facts}\n", encoding="utf-8")

@@ -217,7 +217,7 @@ def _speed(result: Result) -> str:
 
 def _beside_the_paper(section: Section) -> Iterator[str]:
     """Each of its methods with the counterparts measured here, and at how many lengths these take no more."""
-    columns: list[tuple[str, dict[int, str]]] = []
+    columns: list[tuple[str, dict[int, str], str]] = []
     wins: list[str] = []
     for key, name in PAPER_NAMES.items():
         series = [one for one in section.series if counterpart(one.method) == key]
@@ -226,10 +226,10 @@ def _beside_the_paper(section: Section) -> Iterator[str]:
         theirs = paper_peaks(section.model, series[0].method)
         if not theirs:
             return
-        columns.append((f"{name} (paper)", {tokens: f"{peak:.1f}" for tokens, peak in theirs.items()}))
+        columns.append((f"{name} (paper)", {tokens: f"{peak:.1f}" for tokens, peak in theirs.items()}, "-"))
         for one in series:
             ours = {result.case.tokens: result for result in section.of(one)}
-            columns.append((one.label, {tokens: _gigabytes(result) for tokens, result in ours.items()}))
+            columns.append((one.label, {tokens: _gigabytes(result) for tokens, result in ours.items()}, ""))
             shared = [tokens for tokens, result in ours.items() if result.peak_bytes is not None and tokens in theirs]
             if shared:
                 fewer = sum((ours[tokens].peak_bytes or 0) / 1e9 <= theirs[tokens] + 0.05 for tokens in shared)
@@ -239,9 +239,9 @@ def _beside_the_paper(section: Section) -> Iterator[str]:
     lengths = [tokens for tokens in section.lengths if tokens >= 1 << _PAPER_POWER and not tokens & (tokens - 1)]
     if not lengths:
         return
-    yield 'GB (10^9 bytes) without weights and gradients; the paper\'s are of an A100 80GB, "-" is out of memory there.'
-    rows = ((length_name(tokens), *(cells.get(tokens, "-") for _, cells in columns)) for tokens in lengths)
-    yield _table(("tokens", *(name for name, _ in columns)), rows)
+    yield 'GB (10^9 bytes) without weights and gradients; the paper\'s are of an A100 80GB, "-" is out of memory.'
+    rows = ((length_name(tokens), *(cells.get(tokens, other) for _, cells, other in columns)) for tokens in lengths)
+    yield _table(("tokens", *(name for name, _, _ in columns)), rows)
     if wins:
         yield "\n".join(wins)
 

@@ -158,6 +158,12 @@ def test_out_of_memory_is_a_dash_with_its_reason_below() -> None:
     assert "- 2^15, none: out of memory (CUDA out of memory)" in text
 
 
+def test_what_was_not_measured_did_not_run_out_of_memory() -> None:
+    small, large = (replace(CASE, method=Method.AUTO, budget=size << 30) for size in (3, 6))
+    text = as_markdown([row(small, 2.9), row(large, 4.2), row(replace(large, tokens=1 << 15), 5.5)])
+    assert "| 2^15 | 6.9 |  | 5.5 |" in text
+
+
 def test_the_papers_table_stands_beside() -> None:
     auto = replace(CASE, method=Method.AUTO, budget=6 << 30)
     text = as_markdown(
