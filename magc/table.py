@@ -331,6 +331,12 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
     # Frozen groups below run in every column, the last too, when all but its own cells are kept already.
     frozen = (run_peak + inputs)[:lowest].max() + states.sum() - tape[trained].sum() if lowest else 0.0
     keep_record = record_peak - tape - sum_above(tape)
+    top_tape = tape[-top:].sum() + inputs[-top]
+    top_work = max(unkeep[-top:].max(), keep_record[-top:].max())
+    if costs.captured:
+        # The first of them is where every cell is; the others have memory of their own.
+        top_tape = tape[-top] + inputs[-top]
+        top_work = max((first_backward + sum_above(grads) + above)[-top:].max(), record_peak[-top] - tape[-top])
     return _Row(
         segments=segments,
         states_all=states.sum(),
@@ -338,12 +344,12 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
         borders=borders.sum(),
         border=float(inputs.max()),
         tape=tape[trained].sum() + inputs[lowest],
-        top_tape=tape[-top:].sum() + inputs[-top],
+        top_tape=top_tape,
         run_work=(run_peak + inputs).max(),
         run_work_stored=(run_peak + np.where(borders > 0, 0.0, inputs)).max(),
         record_work=(inputs + states + record_or_backward)[trained].max(),
         keep_work=max(unkeep[trained].max(), keep_record[trained].max(), unkeep_next if segments > 1 else 0.0, frozen),
-        top_work=max(unkeep[-top:].max(), keep_record[-top:].max()),
+        top_work=top_work,
         alone_work=(first + np.cumsum(borders) + np.where(borders > 0, 0.0, inputs))[trained].max(),
         alone_work_away=(first + inputs)[trained].max(),
         grads=grads.sum(),
@@ -363,7 +369,7 @@ def _row(costs: CostModel, seq_len: int, lowest_layer: int, layers: int, tokens:
         top=top,
         captured=costs.captured_bytes((cells,) if tail == tokens else (cells, last)),
         apart=apart[trained].sum(),
-        top_apart=apart[-top:].sum() if top > 1 else 0.0,
+        top_apart=apart[len(cells) - top + 1 :].sum(),
     )
 
 

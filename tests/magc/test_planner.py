@@ -180,6 +180,33 @@ def test_speed_rises_smoothly_with_the_budget() -> None:
     assert max(steps[3:]) < 1.15
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_some_cells_of_a_column_are_kept(captured: bool) -> None:
+    """Where short segments are slow, there is something between the last cell of a column and all of it."""
+    samples = tuple(
+        StageSample(
+            tokens,
+            10 * tokens,
+            200 * tokens,
+            0,
+            30 * tokens,
+            210 * tokens,
+            15 * tokens,
+            *(seconds + 1e-6 * tokens,) * 3,
+        )
+        for tokens, seconds in ((64, 1e-2), (4096, 1e-2))
+    )
+    costs = CostModel((StageCost(samples, 100, 50, 50),) * 8, host_is_device=False, captured=captured)
+    planner = Planner(costs, 4096)
+    whole = next(planner._table.best(math.inf, 0))
+    most = estimate(whole, costs, 4096).peak_bytes
+    plans = [planner.plan(int(most * share)) for share in (0.4, 0.7, 0.95)]
+    assert all(plan.tokens == 4096 for plan in plans)
+    assert plans[-1].keep > 1
+    forwards = [estimate(plan, costs, 4096).forwards_per_cell for plan in plans]
+    assert 2 > forwards[0] > forwards[1] > forwards[2] > 1
+
+
 def test_offload_is_used_only_when_allowed() -> None:
     sample = StageSample(64, 6400, 128_000, 0, 20_000, 130_000, 9000, 1e-3, 1e-3, 2e-3)
     costs = CostModel((StageCost((sample,), 50_000, 5000, 5000),) * 8, host_is_device=False)
