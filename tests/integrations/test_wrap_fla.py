@@ -1,120 +1,45 @@
 """Models of flash-linear-attention on the grid.
 
-On a CPU its own modules run with its kernels replaced by plain PyTorch, its naive recurrences among them: what is tested is
+On a CPU its own modules run with its kernels replaced by plain PyTorch (`tests.integrations.fla_models`): what is tested is
 that states travel from segment to segment with their gradients. On a GPU everything is its own.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from magc import Plan, grid_checkpoint
+from magc.data import PackingCollator
 from magc.errors import InputError, LayerContractError
 from magc.integrations.fla import FLALayer, FLAState
 from magc.integrations.fla.layer import SegmentCache
 from magc.integrations.wrap import wrap, wrapped
 from magc.plan import PlanOrRule
-from tests.integrations.models import PLANS, TOKENS, VOCABULARY, assert_same, assert_same_gradients, batch, labels_of
-
-SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "vocab_size": VOCABULARY, "intermediate_size": 24}
-PLAIN: dict[str, Any] = {"fuse_norm": False, "fuse_swiglu": False, "fuse_cross_entropy": False, "pad_token_id": 0}
-MORE: dict[str, dict[str, Any]] = {
-    "gla": {"num_heads": 2, "expand_k": 0.5, "use_short_conv": True},
-    "gated_deltanet": {"num_heads": 2, "head_dim": 4, "expand_v": 2},
-}
-PREFIXES = {
-    "delta_net": "DeltaNet",
-    "gated_deltanet": "GatedDeltaNet",
-    "gla": "GLA",
-    "gsa": "GSA",
-    "kda": "KDA",
-    "linear_attn": "LinearAttention",
-    "retnet": "RetNet",
-    "rwkv7": "RWKV7",
-}
-
-
-def fla(name: str) -> Any:
-    pytest.importorskip("fla", exc_type=ImportError)
-    return importlib.import_module(name)
+from tests.integrations.fla_models import PREFIXES, fla, make, tiny, use_plain_kernels
+from tests.integrations.models import PLANS, TOKENS, assert_same, assert_same_gradients, batch, labels_of
 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-linear-attention with plain PyTorch in place of its kernels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        norms, conv, mlp = fla("fla.modules.layernorm"), fla("fla.modules.causal_conv1d.ops"), fla("fla.modules.mlp")
-        gla, delta = fla("fla.layers.gla"), fla("fla.layers.gated_deltanet")
-        fla("fla.models")
-
-    def rms_norm(norm: Any, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
-
-    def convolve(
-        module: Any, x: Tensor, cache: Tensor | None = None, output_final_state: bool = False, **_: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        width = module.kernel_size[0]
-        before = x.new_zeros(x.shape[0], x.shape[2], width) if cache is None else cache
-        row = torch.cat([before, x.transpose(1, 2)], -1)
-        y = functional.conv1d(row[..., 1:], module.weight, module.bias, groups=module.groups)
-        return functional.silu(y).transpose(1, 2), row[..., -width:] if output_final_state else None
-
-    def gated(q: Tensor, k: Tensor, v: Tensor, *, initial_state: Any, output_final_state: bool, **more: Any) -> Any:
-        decay = more["gk"] if "gk" in more else more["g"]
-        naive = fla("fla.ops.gla.naive").naive_recurrent_gla
-        return naive(q, k, v, decay, None if initial_state is None else initial_state, output_final_state)
-
-    def delta_rule(q: Tensor, k: Tensor, v: Tensor, *, initial_state: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        """Its gated delta rule, token by token; `magc.integrations.delta_rule` has tests of its own."""
-        from magc.integrations.delta_rule import gated_delta_rule, l2_normalised
-
-        beta, g = more["beta"], more["g"]
-        beta = beta.sigmoid() if more.get("use_beta_sigmoid_in_kernel") else beta
-        if more.get("use_gate_in_kernel"):
-            g = -more["A_log"].exp() * functional.softplus(g + more["dt_bias"])
-        q, k = l2_normalised(q), l2_normalised(k)
-        return gated_delta_rule(q, k, v, g, beta, scale=q.shape[-1] ** -0.5, initial_state=initial_state)
-
-    monkeypatch.setattr(norms.RMSNorm, "forward", rms_norm)
-    monkeypatch.setattr(conv.ShortConvolution, "forward", convolve)
-    monkeypatch.setattr(mlp, "swiglu", lambda gate, y: functional.silu(gate) * y)
-    for name in ("fused_recurrent_gla", "chunk_gla"):
-        monkeypatch.setattr(gla, name, gated)
-    monkeypatch.setattr(delta, "chunk_gated_delta_rule", delta_rule)
-    monkeypatch.setitem(gla.ACT2FN, "swish", functional.silu)
-    monkeypatch.setattr(delta.GatedDeltaNet, "_use_fused_qkv_conv", lambda *_, **__: False)
-    monkeypatch.setattr(delta.FusedRMSNormGated, "forward", lambda norm, x, g: rms_norm(norm, x) * functional.silu(g))
+    use_plain_kernels(monkeypatch)
 
 
-def make(family: str, **changes: Any) -> Any:
-    modeling = fla(f"fla.models.{family}")
-    prefix = PREFIXES[family]
-    config = getattr(modeling, f"{prefix}Config")(**{**SIZES, **PLAIN, **MORE.get(family, {}), **changes})
-    torch.manual_seed(0)
-    model = getattr(modeling, f"{prefix}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.train()
-
-
-on_cpu = pytest.mark.parametrize("family", MORE)
+def on_cpu(test: Any) -> Any:
+    """For every family; RWKV-7 warns of itself."""
+    return pytest.mark.filterwarnings("ignore:According to Bo")(pytest.mark.parametrize("family", PREFIXES)(test))
 
 
 @pytest.mark.usefixtures("plain")
 @on_cpu
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_loss_and_gradients(family: str, plan: PlanOrRule) -> None:
-    model = make(family)
+    model = tiny(family)
     twin = wrap(copy.deepcopy(model), plan=plan)
     inputs = batch()
     call = {**inputs, "labels": labels_of(inputs)}
@@ -129,7 +54,7 @@ def test_loss_and_gradients(family: str, plan: PlanOrRule) -> None:
 @pytest.mark.usefixtures("plain")
 @on_cpu
 def test_logits_and_gradients(family: str) -> None:
-    model = make(family)
+    model = tiny(family)
     twin = wrap(copy.deepcopy(model), plan=PLANS["ragged"])
     expected, actual = model(**batch()).logits, twin(**batch()).logits
     assert_same(actual, expected, 1e-5)
@@ -156,11 +81,6 @@ def test_a_layer_alone() -> None:
 @pytest.mark.usefixtures("plain")
 def test_refused_with_a_remedy() -> None:
     twin = wrap(make("gla"), plan=Plan())
-    inputs = batch("left")
-    with pytest.raises(InputError, match="Pad on the right and leave out the attention_mask"):
-        twin(**inputs, labels=labels_of(inputs))
-    with pytest.raises(InputError, match="packed rows are not served"):
-        twin(**batch(), labels=batch()["input_ids"], seq_idx=torch.tensor([[0] * 4 + [1] * 7] * 2))
     twin.criterion = nn.CrossEntropyLoss()
     with pytest.raises(InputError, match="a criterion of its own"):
         twin(**batch(), labels=batch()["input_ids"])
@@ -190,7 +110,8 @@ class Shift(nn.Module):
         self.weight = nn.Parameter(torch.randn(4, 4) / 2)
 
     def forward(self, hidden_states: Tensor, past_key_values: Any = None, use_cache: bool = False) -> tuple[Any, ...]:
-        cache, index = past_key_values, self.layer_idx
+        cache: Any = past_key_values
+        index: Any = self.layer_idx
         last = cache[index] if cache is not None and len(cache) > index else None
         start = 0 if cache is None else cache.get_seq_length(index)
         before = hidden_states.new_zeros(hidden_states.shape[0], 4) if last is None else last["conv_state"]
@@ -274,22 +195,53 @@ def test_what_a_layer_alone_cannot_do() -> None:
 
 
 # ---------------------------------------------------------------------- on a GPU, with its own kernels
+DOCUMENTS = (300, 1, 40, 131, 64, 2)
+
+
+def for_kernels(family: str, **changes: Any) -> Any:
+    """A model of sizes that its kernels take."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 256, "intermediate_size": 256}
+    heads = {"head_dim": 64} if family in ("rwkv7", "gated_deltanet", "kda") else {"num_heads": 2}
+    return make(family, **sizes, **{"fuse_norm": True, "fuse_swiglu": True, **heads, **changes}).cuda()
+
+
+def whole(model: Any, ids: Tensor) -> Tensor:
+    """The loss of rows of one document."""
+    return model(input_ids=ids, labels=ids).loss
+
+
+def each_alone(model: Any, ids: Tensor) -> Tensor:
+    """The loss of documents in a row of one, each in a call of its own."""
+    parts = [part for part in ids[:1].split(DOCUMENTS, 1) if part.shape[1] > 1]
+    items = sum(part.shape[1] - 1 for part in parts)
+    return torch.stack([model(input_ids=part, labels=part, num_items_in_batch=items).loss for part in parts]).sum()
+
+
+def packed(model: Any, ids: Tensor) -> Tensor:
+    """The same in one call."""
+    documents = [{"input_ids": part[0]} for part in ids[:1].cpu().split(DOCUMENTS, 1)]
+    return model(**{name: each.cuda() for name, each in PackingCollator()(documents).items()}).loss
+
+
+CALLS = {"whole rows": (whole, whole), "packed rows": (each_alone, packed)}
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", PREFIXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_its_own_kernels(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("call", CALLS)
+def test_with_its_own_kernels(family: str, dtype: torch.dtype, call: str) -> None:
     """Gradients are off from a float32 model's by no more than those of the model in one piece."""
-    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 256, "intermediate_size": 256}
-    heads = {"head_dim": 64} if family in ("rwkv7", "gated_deltanet", "kda") else {"num_heads": 2}
-    sizes |= {"fuse_norm": True, "fuse_swiglu": True, **heads}
-    model = make(family, **sizes).cuda()
+    model = for_kernels(family)
     # Its chunked delta rule takes no float32; the recurrent one does.
-    truth = make(family, **sizes, **({"attn_mode": "fused_recurrent"} if family == "delta_net" else {})).cuda()
-    ids = torch.randint(3, 256, (2, 300), generator=torch.Generator().manual_seed(1)).cuda()
+    truth = for_kernels(family, **({"attn_mode": "fused_recurrent"} if family == "delta_net" else {}))
+    tokens = 300 if call == "whole rows" else sum(DOCUMENTS)
+    ids = torch.randint(3, 256, (2, tokens), generator=torch.Generator().manual_seed(1)).cuda()
+    plainly, wrappedly = CALLS[call]
 
-    def gradients(model: Any) -> list[Tensor]:
-        model(input_ids=ids, labels=ids).loss.backward()
+    def gradients(model: Any, loss: Any) -> list[Tensor]:
+        loss(model, ids).backward()
         return [parameter.grad.double() for parameter in model.parameters() if parameter.grad is not None]
 
     def error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -297,9 +249,28 @@ def test_with_its_own_kernels(family: str, dtype: torch.dtype) -> None:
 
     plain, ours = copy.deepcopy(model).to(dtype), wrap(copy.deepcopy(model).to(dtype), plan=Plan(layers=2, tokens=128))
     try:
-        theirs = gradients(plain)
+        theirs = gradients(plain, plainly)
     except (AssertionError, RuntimeError) as refusal:
         pytest.skip(f"flash-linear-attention itself cannot train it here: {refusal}")
-    expected = gradients(truth)
+    expected = gradients(truth, plainly)
     size = sum(float(grad.square().sum()) for grad in expected) ** 0.5
-    assert error(gradients(ours), expected) <= max(1.5 * error(theirs, expected), 2e-3 * size)
+    assert error(gradients(ours, wrappedly), expected) <= max(1.5 * error(theirs, expected), 2e-3 * size)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_cut_segments_are_not_captured() -> None:
+    """A graph would hold the cuts of one batch: with the CUDA-graph runner, batches cut in other ways get the same numbers."""
+    model = for_kernels("gla")
+    ids = torch.randint(3, 256, (1, sum(DOCUMENTS)), generator=torch.Generator().manual_seed(1)).cuda()
+    ours = wrap(copy.deepcopy(model), plan=Plan(layers=1, tokens=64), runner="cuda-graph")
+    for row in (ids, ids.flip(1), ids):
+        ours.zero_grad()
+        packed(ours, row).backward()
+        whole(ours, row).backward()
+    each_alone(model, ids).backward()
+    whole(model, ids).backward()
+    for (name, parameter), twin in zip(model.named_parameters(), ours.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert twin.grad is not None
+        assert_same(twin.grad, parameter.grad, 2e-3, name)

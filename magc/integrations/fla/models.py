@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from magc.errors import InputError
+from magc.integrations.fla.documents import Positions, positions_of
 from magc.integrations.fla.layer import FLALayer
 from magc.integrations.forward import Adapted, GridForward, Settings
 from magc.integrations.transformers.causal_lm import Input, LMForward, TrunkForward
@@ -16,33 +18,36 @@ from magc.integrations.transformers.tokens import side_inputs
 
 FIRST_VALUES = ("RWKV7Model",)
 """Trunks whose blocks take the first layer's values."""
+_NAMES = {"cu_seqlens": "cu_seq_lens_q"}
 
 
 class FLATrunkForward(TrunkForward):
     """The forward of a trunk, `GLAModel` or its like."""
 
-    def side(self, call: dict[str, Any], inputs: Tensor) -> dict[str, Tensor | None]:
-        """Where each token is.
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """See `GridForward.bind`."""
+        return _renamed(super().bind(args, kwargs))
+
+    def side(self, call: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
+        """Where each token is, in its row and, in rows that are packed or padded on the left, in its document.
 
         Raises:
-            InputError: rows are padded in front of or between tokens, or packed.
+            InputError: as `side_inputs`, or padding between tokens.
         """
         side = side_inputs(call, inputs, attends=True)
-        if side["attention_mask"] is not None:
-            raise InputError(
-                "flash-linear-attention takes padding out of a batch, which a segment cannot. Pad on the right and leave out "
-                "the attention_mask: what comes later changes nothing before it, and labels of -100 keep it out of the loss"
-            )
-        if side["documents"] is not None:
-            raise InputError(
-                "packed rows are not served for models of flash-linear-attention: give each document a row of its own, padded "
-                "on the right, without an attention_mask"
-            )
-        return {"places": side["places"]}
+        positions = positions_of(side)
+        if positions is None:
+            return {"places": side["places"]}
+        rotates = any(cast(FLALayer, layer).rotates for layer in self.grid.layers)
+        return {"places": side["places"], "positions": Positions(positions, everywhere=rotates)}
 
 
 class FLALMForward(LMForward):
     """The forward of a language model, `GLAForCausalLM` or its like."""
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """See `GridForward.bind`."""
+        return _renamed(super().bind(args, kwargs))
 
     def _require_own_loss(self) -> None:
         model: Any = self.module
@@ -51,6 +56,11 @@ class FLALMForward(LMForward):
                 f"{type(model).__name__} has a criterion of its own or use_l2warp=True, and the grid computes the plain "
                 f"cross-entropy. Wrap with logits=True: the loss is then computed outside the grid"
             )
+
+
+def _renamed(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with flash-linear-attention's ``cu_seqlens`` as transformers calls it; with both, it stays unknown."""
+    return call if "cu_seq_lens_q" in call else {_NAMES.get(name, name): value for name, value in call.items()}
 
 
 def adapt(model: Any, settings: Settings) -> Adapted:
@@ -80,7 +90,8 @@ def adapt(model: Any, settings: Settings) -> Adapted:
     forward = FLATrunkForward(trunk, settings.grid(layers), {}, outputs.BaseModelOutputWithPast, Input(attends=True))
     forwards: tuple[GridForward, ...] = (forward,)
     notes = [
-        "blocks run as flash-linear-attention's own modules and kernels, which take and give states with gradients"
+        "blocks run as flash-linear-attention's own modules and kernels, which take and give states with gradients; "
+        "a segment in which documents begin is cut there, one call for each, and is not captured as a CUDA graph"
     ]
     if trunk is model:
         return Adapted(forward.grid, forwards, tuple(notes))
