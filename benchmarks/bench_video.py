@@ -16,7 +16,7 @@ captures cells and makes the optimizer's state; then meter and time one whole st
 length, ``video.png`` in the end. Memory over weights, gradients and optimizer is what is allocated less those that exist at
 that moment, at its largest in forward and backward. A step's time is in four parts: forward and backward of the grid, the
 gradients' norm, clipping and update. The tower's share of the first two cannot be timed inside the grid, so it is estimated:
-tower and projector alone are timed on a few frames, forward, and forward with backward (which runs each chunk once more),
+tower and projector alone are timed on a few frames, forward, and forward with backward (which runs each layer once more),
 and multiplied by the frames that the plan's schedule runs and back-propagates; a frame that a border cuts is encoded in both
 segments and counts twice. On the CPU metering slows the step down.
 """
@@ -110,7 +110,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     plan.add_argument("--segment", help="or a plan by hand: all layers on so many tokens at a time, e.g. 2^14")
     option("--host-budget", help="host memory for checkpoints, with a budget (none)")
     option("--runner", choices=("eager", "cuda-graph"), default="eager", help="of magc's cells (eager)")
-    option("--frame-chunk", type=int, default=8, help="frames that go through the tower at once (8)")
+    option("--frame-chunk", type=int, default=32, help="frames that go through the tower at once (32)")
     option("--multiple", type=int, default=4096, help="of tokens, to which sequences are padded (4096)")
     option("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     option("--out", default="bench-video", help="folder for the results")

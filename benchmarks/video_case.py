@@ -280,7 +280,7 @@ class VideoBench:
         return [each for state in states for each in state.values() if each.device.type == self._device.type]
 
     def _vision_seconds(self) -> tuple[float, float]:
-        """Of a frame in tower and projector alone: of running it, and of back-propagating it, the second run of a chunk
+        """Of a frame in tower and projector alone: of running it, and of back-propagating it, the second run of each layer
         that this begins with included.
         """
         stem, device = self.model.stem, self._device

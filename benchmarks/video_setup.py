@@ -54,7 +54,7 @@ def model_config(name: str) -> VideoMa2mbaConfig:
 
 
 def stage2(
-    memory: MemoryConfig, *, frame_chunk: int = 8, multiple: int = 4096, device: str | None = None
+    memory: MemoryConfig, *, frame_chunk: int = 32, multiple: int = 4096, device: str | None = None
 ) -> TrainConfig:
     """`configs/stage2.yaml` with one sequence a step, random weights and no data.
 

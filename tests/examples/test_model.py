@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +185,24 @@ def test_embeddings_of_a_whole_video_never_exist() -> None:
     assert peaks[1] < 1.2 * peaks[0]
 
 
-def test_a_segment_keeps_activations_of_one_chunk_of_frames() -> None:
-    peaks: list[int] = []
-    for chunk in (1, 30):
-        model = make_model(frame_chunk=chunk)
+def test_a_segment_keeps_inputs_of_layers_and_one_layers_activations_of_a_chunk() -> None:
+    config = make_config()
+    deep = replace(config, vision=VisionConfig.of("clip", {**config.vision.tower, "num_hidden_layers": 12}))
+    frames = pixels(30)
+
+    def peak(chunk: int, monkeypatch: pytest.MonkeyPatch | None = None) -> int:
+        model = make_model(deep, frame_chunk=chunk)
+        if monkeypatch is not None:
+            monkeypatch.setattr(VisionTower, "_through", lambda tower, layer, hidden: layer(hidden, None))
         with MemoryMeter("cpu") as meter:
-            model.stem.frames(pixels(30)).sum().backward()
-        peaks.append(meter.peak_bytes)
-    assert peaks[0] < peaks[1] / 4
+            model.stem.frames(frames).sum().backward()
+        return meter.peak_bytes
+
+    one, all_at_once = peak(1), peak(30)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = peak(30, patch)
+    assert one < 0.6 * all_at_once
+    assert all_at_once < 0.3 * plain
 
 
 def test_unused_parts_of_the_tower_stay_frozen() -> None:

@@ -62,7 +62,7 @@ def save_pretrained(
 def load_pretrained(
     folder: str | PathLike[str],
     *,
-    frame_chunk: int = 8,
+    frame_chunk: int = 32,
     impl: Impl = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -104,7 +104,7 @@ def load_parts(
     layer: int = -2,
     chat: ChatSchema | None = None,
     fps: float = 1.0,
-    frame_chunk: int = 8,
+    frame_chunk: int = 32,
     impl: Impl = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,

@@ -41,7 +41,7 @@ class VideoMa2mba(nn.Module):
         vision: VisionTower,
         projector: Projector,
         *,
-        frame_chunk: int = 8,
+        frame_chunk: int = 32,
     ) -> None:
         super().__init__()
         self.config = config
@@ -54,7 +54,7 @@ class VideoMa2mba(nn.Module):
         cls,
         config: VideoMa2mbaConfig,
         *,
-        frame_chunk: int = 8,
+        frame_chunk: int = 32,
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from video_ma2mba.data.batch import Segment, unpack_frames
 from video_ma2mba.data.chat import NO_FRAME
@@ -38,8 +37,8 @@ class Projector(nn.Sequential):
 class VideoStem(nn.Module):
     """Embeds text, and frames chunk by chunk.
 
-    Of the tower's activations those of one chunk exist at a time: a chunk that trains is recomputed in the backward, and
-    one that does not keeps none.
+    A tower that trains keeps the inputs of its layers for every frame of the segment, and the activations of one layer exist
+    for one chunk at a time; one that does not train keeps none.
 
     Args:
         embedding: token ids to embeddings.
@@ -49,7 +48,7 @@ class VideoStem(nn.Module):
     """
 
     def __init__(
-        self, embedding: nn.Embedding, tower: VisionTower, projector: Projector, *, frame_chunk: int = 8
+        self, embedding: nn.Embedding, tower: VisionTower, projector: Projector, *, frame_chunk: int = 32
     ) -> None:
         super().__init__()
         self.embedding, self.tower, self.projector = embedding, tower, projector
@@ -77,15 +76,7 @@ class VideoStem(nn.Module):
         """
         parts: list[Tensor] = []
         for chunk in pixels.split(self.frame_chunk):
-            if torch.is_grad_enabled() and self.tower.trains:
-                parts.append(
-                    checkpoint(self._embed, chunk, use_reentrant=False, preserve_rng_state=self.tower.dropout > 0)
-                )
-            else:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower.trains):
-                    features = self.tower(chunk)
-                parts.append(self.projector(features))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower.trains):
+                features = self.tower(chunk)
+            parts.append(self.projector(features))
         return torch.cat(parts)
-
-    def _embed(self, pixels: Tensor) -> Tensor:
-        return self.projector(self.tower(pixels))

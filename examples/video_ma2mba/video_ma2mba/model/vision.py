@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from video_ma2mba.model.config import VisionConfig
@@ -68,12 +69,20 @@ class VisionTower(nn.Module):
         if self.config.kind == "clip":
             hidden = model.pre_layrnorm(hidden)
         for layer in self._layers():
-            hidden = layer(hidden, None)
+            hidden = self._through(layer, hidden)
         if self.config.kind == "clip":
             hidden = hidden[:, 1:]  # without the class token
         elif self.config.layer == -1:
             hidden = model.post_layernorm(hidden)  # SigLIP's last hidden state is normed
         return self._pooled(hidden)
+
+    def _through(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Run a layer. One that trains keeps its input, a twentieth of its activations, and runs again in the backward."""
+        if not (torch.is_grad_enabled() and self.trains):
+            return layer(hidden, None)
+        return cast(
+            Tensor, checkpoint(layer, hidden, None, use_reentrant=False, preserve_rng_state=self.dropout > 0)
+        )
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype

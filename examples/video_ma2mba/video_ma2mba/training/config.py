@@ -47,7 +47,7 @@ class StartConfig:
     untie: bool = False
     layer: int = -2
     fps: float = 1.0
-    frame_chunk: int = 8
+    frame_chunk: int = 32
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
