@@ -252,6 +252,25 @@ def test_a_given_configuration_is_used_and_kept() -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"sweep_backward_rows": 64, "sweep_backward_columns": 16},
+        {"finish_rows": 16, "finish_columns": 16},
+        {"rows": 64, "finish_rows": 64},
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_in_other_tiles(change: dict[str, Any], packed: bool) -> None:
+    inputs = make_inputs(23, 70, batch=1, headdim=64, d_state=32)
+    options: dict[str, Any] = {"dt_softplus": True}
+    if packed:
+        options["seq_idx"] = packed_ids(1, 1, 70, mean=20.0)
+    config = replace(ssd_config(torch.float32, 64, 32, None), **change)
+    actual = evaluate(autograd.ssd, inputs, torch.float32, config=config, **options)
+    assert_all_close(actual, truth(inputs, **options), 2e-5)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"chunk": 48}, "chunk 48"),
@@ -259,6 +278,7 @@ def test_a_given_configuration_is_used_and_kept() -> None:
         ({"sweep_rows": 256}, "sweep_rows 256"),
         ({"precision": "tf16"}, "precision 'tf16'"),
         ({"roles_warps": 3}, "roles_warps 3"),
+        ({"finish_rows": 48}, "finish_rows 48"),
         ({"scan_stages": 0}, "scan_stages 0"),
     ],
 )
@@ -368,7 +388,7 @@ def test_configuration_never_depends_on_the_length_and_splits_cover_all_heads() 
     assert hopper == ssd_config(torch.bfloat16, 64, 128, None, config=hopper)
     for ratio in (1, 7, 80):
         for others in (1, 100, 10_000):
-            assert 1 <= heads_per_program(ratio, others, 5) <= ratio
+            assert 1 <= heads_per_program(ratio, others, 5, 32) <= min(ratio, 32)
 
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:

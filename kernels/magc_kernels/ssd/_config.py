@@ -29,15 +29,20 @@ class SSDConfig:
     scan_stages: int = 2
     sweep_backward_warps: int = 8
     sweep_backward_stages: int = 2
+    sweep_backward_columns: int = 256
+    """Most columns of the state that a program of `sweep_backward` owns."""
     input_warps: int = 4
     input_stages: int = 2
     roles_warps: int = 4
-    roles_registers: int | None = 168
+    roles_registers: int | None = None
     """Most registers of a thread of `roles`; None for the compiler's choice."""
     scores_stages: int = 3
     projection_stages: int = 2
-    finish_columns: int = 64
-    """Columns of dB or dC that a program of `finish` owns."""
+    finish_rows: int = 32
+    """Most tokens for whose dB or dC a program of `finish` adds up."""
+    finish_columns: int = 128
+    """Most columns of dB or dC for which it does."""
+    finish_warps: int = 4
 
 
 def ssd_config(
@@ -104,14 +109,22 @@ def _default(dtype: torch.dtype, headdim: int, d_state: int) -> SSDConfig:
             input_warps=8 if large else 4,
             input_stages=1,
             roles_warps=8 if large else 4,
-            roles_registers=None,
             scores_stages=1,
             projection_stages=1,
         )
     # float16 has more bits than one TF32 product keeps of the float32 sums in `finish`.
     precision = "tf32x3" if dtype == torch.float16 else "tf32"
     warps = 8 if d_state >= 128 else 4
-    config = SSDConfig(128, 64, narrow, narrow, precision=precision, sweep_warps=warps, sweep_backward_warps=warps)
+    config = SSDConfig(
+        128,
+        64,
+        narrow,
+        narrow,
+        precision=precision,
+        sweep_warps=warps,
+        sweep_backward_warps=warps,
+        roles_warps=8 if d_state == 256 else 4,
+    )
     if large:
         config = replace(
             config,
@@ -122,7 +135,6 @@ def _default(dtype: torch.dtype, headdim: int, d_state: int) -> SSDConfig:
             input_stages=1,
             input_warps=8,
             roles_warps=8,
-            roles_registers=None,
             scores_stages=1,
             projection_stages=1,
         )
@@ -136,7 +148,17 @@ def _hopper(dtype: torch.dtype, headdim: int, d_state: int) -> SSDConfig:
     if headdim * d_state > 64 * 128:
         return replace(config, sweep_stages=2, sweep_backward_stages=2)
     rows = min(headdim, 64)
-    return replace(config, sweep_rows=rows, sweep_backward_rows=rows, sweep_stages=3, sweep_backward_stages=3)
+    config = replace(
+        config,
+        sweep_rows=rows,
+        sweep_backward_rows=rows,
+        sweep_stages=3,
+        sweep_backward_stages=3,
+        projection_stages=3,
+    )
+    if rows == 64:
+        config = replace(config, sweep_backward_columns=64, sweep_backward_warps=4)
+    return config
 
 
 _SHIPPED: dict[tuple[int, int], Callable[[torch.dtype, int, int], SSDConfig]] = {(9, 0): _hopper}
@@ -154,8 +176,9 @@ def _check(config: SSDConfig, headdim: int, chunk_size: int | None) -> None:
         wrong.append(f"chunk {config.chunk} exceeds chunk_size {chunk_size}")
     if config.rows < 16 or config.rows not in (config.chunk, config.chunk // 2):
         wrong.append(f"rows {config.rows} is not the chunk {config.chunk} or half of it, and at least 16")
-    if not power_of_two(config.finish_columns, 16, 256):
-        wrong.append(f"finish_columns {config.finish_columns} is not a power of two from 16 to 256")
+    for name in ("sweep_backward_columns", "finish_rows", "finish_columns"):
+        if not power_of_two(getattr(config, name), 16, 256):
+            wrong.append(f"{name} {getattr(config, name)} is not a power of two from 16 to 256")
     for name in ("sweep_rows", "sweep_backward_rows"):
         if not power_of_two(getattr(config, name), 16, headdim):
             wrong.append(f"{name} {getattr(config, name)} is not a power of two from 16 to headdim {headdim}")
@@ -172,7 +195,7 @@ def _check(config: SSDConfig, headdim: int, chunk_size: int | None) -> None:
         raise ValueError(f"the scan cannot run with this SSDConfig: {'; '.join(wrong)}")
 
 
-def heads_per_program(ratio: int, others: int, least: int) -> int:
+def heads_per_program(ratio: int, others: int, least: int, most: int) -> int:
     """How many of the `ratio` heads of a group one program loops over: many, so that what the heads share is
     computed once, but few enough for a launch of some waves.
 
@@ -182,6 +205,7 @@ def heads_per_program(ratio: int, others: int, least: int) -> int:
         ratio: heads per group.
         others: programs in the launch per split of a group's heads.
         least: fewer heads than this are not worth what a program does once, however short the input.
+        most: heads, however long the input.
     """
-    splits = min(ratio, max(-(-ratio // 32), -(-1056 // others)))
+    splits = min(ratio, max(-(-ratio // most), -(-1056 // others)))
     return max(-(-ratio // splits), min(ratio, least))

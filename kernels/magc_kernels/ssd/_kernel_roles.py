@@ -240,6 +240,7 @@ def _projection_role(
     t0 = c * L
     tb = t0 + r * BM
     K_r = load_rows(K + (b * skb + g * skg + tb * skl) + om[:, None] * skl + on[None, :], om, tb, length, RAGGED)
+    K_r = K_r.to(tl.float32)
     if PACKED:
         runs = RUNS + b * (tokens + 1)
         edge = tl.load(runs + t0 + (L if IS_B else 0))
@@ -253,22 +254,17 @@ def _projection_role(
             last = tl.load(CUM + row + t0 + (L - 1))
             step = tl.load(STEP + row + tb + om)
         v = load_rows(V + (b * svb + tb * svl + h * svh) + om[:, None] * svl + op[None, :], om, tb, length, RAGGED)
-        state = ((b * chunks + c) * heads + h) * (P * N) + op[:, None] * N + on[None, :]
-        s = tl.load(S + state)
+        s = tl.load(S + ((b * chunks + c) * heads + h) * (P * N) + op[:, None] * N + on[None, :])
         decay = decay_between(last, cum) if IS_B else tl.exp2(cum)
         if PACKED:
             decay = tl.where(counts, decay, 0.0)
+        # One product of what was loaded, as it was loaded, gives both results: weights enter afterwards in float32.
+        # Weighting an operand first would send it through registers and round it once more, and the sums over n
+        # would need a second product, with K.
+        seen = tl.dot(v, s, input_precision=PRECISION)
+        tl.store(sums + row + tb + om, tl.sum(seen * K_r, 1) * decay)
         weight = decay * step if IS_B else decay
-        weighted = (v.to(tl.float32) * weight[:, None]).to(v.dtype)
-        # Pipelined, the product that is carried on comes first: left in flight at the end of an iteration, it would
-        # make ptxas run all products of the kernel one at a time (its warning C7515). Otherwise it comes last, so
-        # that float32 states, which the two products want in different orders, take up shared memory one by one.
-        if STAGES > 1:
-            total = tl.dot(weighted, s, total, input_precision=PRECISION)
-        seen = tl.dot(K_r, tl.trans(s), input_precision=PRECISION)
-        tl.store(sums + row + tb + om, tl.sum(seen * v.to(tl.float32), 1) * decay)
-        if STAGES == 1:
-            total = tl.dot(weighted, s, total, input_precision=PRECISION)
+        total += seen * weight[:, None]
     where = ((split * batch + b) * tokens + tb) * (heads // ratio) + g
     tl.store(DK + where * N + om[:, None] * (heads // ratio * N) + on[None, :], total)
 
@@ -315,34 +311,17 @@ def roles(
     """
     ROWS: tl.constexpr = L // BM
     tl.static_assert(ROWS <= 2)
-    # Of one block: dB, its own scores, dC, and the inner products; of two: the first three twice, the inner products,
-    # and the scores between the blocks.
-    ROLES: tl.constexpr = 4 * ROWS
-    role, split, g, c, b, first, count = placed(heads, ratio, chunks, per_program, ROLES)
-    if role == 0:
-        _projection_role(
-            X, B, STEP, CUM, RUNS, DSTATES, DB, SUMS,
-            b, c, g, split, first, count, 0, batch, length, heads, ratio, chunks,
-            sxb, sxl, sxh, sbb, sbl, sbg,
-            True, P, N, L, BM, PACKED, RAGGED, PRECISION, PROJECTION_STAGES,
-        )  # fmt: skip
-    elif role < 1 + ROWS:
+    # The scores in the blocks and, of two, between them; dB and dC of every block; the inner products.
+    SCORES: tl.constexpr = 2 * ROWS - 1
+    role, split, g, c, b, first, count = placed(heads, ratio, chunks, per_program, SCORES + 2 * ROWS + 1)
+    if role < ROWS:
         _scores_role(
             X, B, C, STEP, CUM, RUNS, DY, DSCORE, SUMS, DSKIP,
-            b, c, g, split, first, count, role - 1, batch, length, heads, ratio, chunks,
+            b, c, g, split, first, count, role, batch, length, heads, ratio, chunks,
             sxb, sxl, sxh, sbb, sbl, sbg, scb, scl, scg, syb, syl, syh,
             DIAGONAL, P, N, L, BM, D_RANK, PACKED, RAGGED, PRECISION, SCORES_STAGES,
         )  # fmt: skip
-    elif role < 1 + 2 * ROWS:
-        _projection_role(
-            DY, C, STEP, CUM, RUNS, STATES, DC, SUMS,
-            b, c, g, split, first, count, role - 1 - ROWS, batch, length, heads, ratio, chunks,
-            syb, syl, syh, scb, scl, scg,
-            False, P, N, L, BM, PACKED, RAGGED, PRECISION, PROJECTION_STAGES,
-        )  # fmt: skip
-    elif role == 1 + 2 * ROWS:
-        _across_role(STATES, DSTATES, DACROSS, b, c, first, count, heads, chunks, P, N, PRECISION, PROJECTION_STAGES)
-    elif role == 6:
+    elif role < SCORES:
         if ROWS > 1:
             _scores_role(
                 X, B, C, STEP, CUM, RUNS, DY, DSCORE, SUMS, DSKIP,
@@ -350,11 +329,19 @@ def roles(
                 sxb, sxl, sxh, sbb, sbl, sbg, scb, scl, scg, syb, syl, syh,
                 LATER, P, N, L, BM, D_RANK, PACKED, RAGGED, PRECISION, SCORES_STAGES,
             )  # fmt: skip
+    elif role < SCORES + ROWS:
+        _projection_role(
+            X, B, STEP, CUM, RUNS, DSTATES, DB, SUMS,
+            b, c, g, split, first, count, role - SCORES, batch, length, heads, ratio, chunks,
+            sxb, sxl, sxh, sbb, sbl, sbg,
+            True, P, N, L, BM, PACKED, RAGGED, PRECISION, PROJECTION_STAGES,
+        )  # fmt: skip
+    elif role < SCORES + 2 * ROWS:
+        _projection_role(
+            DY, C, STEP, CUM, RUNS, STATES, DC, SUMS,
+            b, c, g, split, first, count, role - SCORES - ROWS, batch, length, heads, ratio, chunks,
+            syb, syl, syh, scb, scl, scg,
+            False, P, N, L, BM, PACKED, RAGGED, PRECISION, PROJECTION_STAGES,
+        )  # fmt: skip
     else:
-        if ROWS > 1:
-            _projection_role(
-                X, B, STEP, CUM, RUNS, DSTATES, DB, SUMS,
-                b, c, g, split, first, count, 1, batch, length, heads, ratio, chunks,
-                sxb, sxl, sxh, sbb, sbl, sbg,
-                True, P, N, L, BM, PACKED, RAGGED, PRECISION, PROJECTION_STAGES,
-            )  # fmt: skip
+        _across_role(STATES, DSTATES, DACROSS, b, c, first, count, heads, chunks, P, N, PRECISION, PROJECTION_STAGES)

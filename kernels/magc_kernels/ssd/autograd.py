@@ -8,7 +8,7 @@ graph. Requires the package `triton`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,70 +21,17 @@ from magc_kernels.ssd import _kernel_backward as backward_kernels
 from magc_kernels.ssd import _kernel_roles as roles_kernels
 from magc_kernels.ssd import kernel
 from magc_kernels.ssd._config import SSDConfig, heads_per_program, ssd_config
+from magc_kernels.ssd._kernel_finish import finish
 from magc_kernels.ssd.reference import check as check_arguments
+from magc_kernels.ssd.values import SSDGradients, SSDInputs, SSDSaved
 
 _STEP_HEADS = 16
 """Heads per program of the two kernels on steps."""
-_LEAST_HEADS = 5
-_LEAST_ROLES_HEADS = 16
-"""Likewise of `roles`, whose programs each write sums that `finish` has to add up."""
-
-
-@dataclass(frozen=True)
-class SSDInputs:
-    """Inputs of one segment. Shapes as in `reference.ssd`."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None = None
-    z: Tensor | None = None
-    dt_bias: Tensor | None = None
-    initial_state: Tensor | None = None
-    seq_idx: Tensor | None = None
-    prev_seq_idx: Tensor | None = None
-    dt_softplus: bool = False
-    dt_limit: tuple[float, float] = (0.0, math.inf)
-    chunk_size: int | None = None
-    config: SSDConfig | None = None
-    """Launch configuration; None for the shipped one."""
-
-
-@dataclass(frozen=True)
-class SSDSaved:
-    """What `vjp` needs of a forward or recompute besides the inputs."""
-
-    inputs: SSDInputs
-    config: SSDConfig
-    step: Tensor
-    """`(batch, heads, chunks * chunk)` float32."""
-    cumulative: Tensor
-    """Running sums of `step * A * log2(e)` in each chunk, shaped as `step`."""
-    runs: Tensor | None
-    """`(batch, 1 + chunks * chunk)` int32: number of document changes so far, 0 first."""
-    states: Tensor
-    """State before each chunk, `(batch, chunks, heads, headdim, d_state)` in the type of `x`."""
-    ungated: Tensor | None
-    """The output before the gate; None without one."""
-
-
-@dataclass(frozen=True)
-class SSDGradients:
-    """Gradients of the tensors of `SSDInputs`, shaped and, unless asked otherwise, typed as these; `initial_state`
-    is float32 and always there.
-    """
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    initial_state: Tensor
+_LEAST_HEADS, _MOST_HEADS = 5, 32
+_LEAST_ROLES_HEADS, _MOST_ROLES_HEADS = 10, 24
+"""Likewise of `roles`: not fewer, for each of its programs writes sums that `finish` has to add up; nor more, for its
+programs differ in cost, and the last to end would be waited for longer.
+"""
 
 
 def forward(inputs: SSDInputs) -> tuple[Tensor, Tensor]:
@@ -166,19 +113,21 @@ def vjp(
 
         dstates = torch.empty_like(saved.states)
         dinitial = torch.empty(batch, heads, headdim, d_state, **float32)
+        columns = min(d_state, config.sweep_backward_columns)
         launch(
-            backward_kernels.sweep_backward, batch * heads * (headdim // config.sweep_backward_rows),
+            backward_kernels.sweep_backward,
+            batch * heads * (headdim // config.sweep_backward_rows) * (d_state // columns),
             C, saved.cumulative, saved.runs, dy, None if dfinal_state is None else dfinal_state.contiguous(),
             dstates, dinitial,
             length, heads, ratio, chunks, *C.stride()[:3], *dy.stride()[:3],
-            P=headdim, N=d_state, BP=config.sweep_backward_rows, L=config.chunk,
+            P=headdim, N=d_state, BP=config.sweep_backward_rows, BN=columns, L=config.chunk,
             HAS_DFINAL=dfinal_state is not None, PACKED=packed, RAGGED=ragged,
             PRECISION=config.precision, STAGES=config.sweep_backward_stages,
             num_warps=config.sweep_backward_warps,
         )  # fmt: skip
 
         rank = 0 if inputs.D is None else inputs.D.ndim
-        per_program = heads_per_program(ratio, batch * chunks * groups * rows, _LEAST_HEADS)
+        per_program = heads_per_program(ratio, batch * chunks * groups * rows, _LEAST_HEADS, _MOST_HEADS)
         launch(
             roles_kernels.input_gradient, batch * chunks * groups * -(-ratio // per_program) * rows,
             B, C, saved.step, saved.cumulative, saved.runs, dstates, dy, inputs.D, dx,
@@ -189,7 +138,7 @@ def vjp(
         )  # fmt: skip
 
         kinds = 4 * rows
-        per_program = heads_per_program(ratio, batch * chunks * groups * kinds, _LEAST_ROLES_HEADS)
+        per_program = heads_per_program(ratio, batch * chunks * groups * kinds, _LEAST_ROLES_HEADS, _MOST_ROLES_HEADS)
         splits = -(-ratio // per_program)
         dB_parts = torch.empty(splits, batch, tokens, groups, d_state, **float32)
         dC_parts = torch.empty_like(dB_parts)
@@ -211,19 +160,19 @@ def vjp(
         low, high = inputs.dt_limit
         ddt = _like(inputs.dt) if ddt_out is None else ddt_out
         dweights = torch.empty(3, batch * chunks, heads, **float32)
-        columns = min(d_state, config.finish_columns)
+        finish_rows, columns = min(config.rows, config.finish_rows), min(d_state, config.finish_columns)
+        tiles = config.chunk // finish_rows * (d_state // columns)
         launch(
-            backward_kernels.finish,
-            batch * chunks * (groups * rows * 2 * (d_state // columns) + cdiv(heads, _STEP_HEADS)),
+            finish, batch * chunks * (groups * 2 * tiles + cdiv(heads, _STEP_HEADS)),
             B, C, dscore, dB_parts, dC_parts, dB, dC,
             inputs.dt, inputs.A, inputs.dt_bias, saved.step, saved.cumulative, saved.runs, sums, dacross, dskip,
             ddt, dweights,
             batch, length, heads, groups, chunks, splits,
             *B.stride()[:3], *C.stride()[:3], *dB.stride()[:3], *dC.stride()[:3],
             *inputs.dt.stride(), *ddt.stride()[:2], low, high,
-            N=d_state, BN=columns, L=config.chunk, BM=config.rows, PRECISION=config.precision,
+            N=d_state, BN=columns, L=config.chunk, FM=finish_rows, BM=config.rows, PRECISION=config.precision,
             BH=_STEP_HEADS, HAS_SKIP=rank == 1, HAS_BIAS=inputs.dt_bias is not None,
-            SOFTPLUS=inputs.dt_softplus, CLAMP=_clamps(inputs), PACKED=packed,
+            SOFTPLUS=inputs.dt_softplus, CLAMP=_clamps(inputs), PACKED=packed, num_warps=config.finish_warps,
         )  # fmt: skip
         dA, dbias, dD = dweights.sum(1)
         if rank == 2:
@@ -372,7 +321,7 @@ def _scan(saved: SSDSaved, *, keep_ungated: bool) -> tuple[Tensor, Tensor | None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ungated = torch.empty_like(y) if keep_ungated and z is not None else None
     rows = config.chunk // config.rows
-    per_program = heads_per_program(ratio, batch * chunks * groups * rows, _LEAST_HEADS)
+    per_program = heads_per_program(ratio, batch * chunks * groups * rows, _LEAST_HEADS, _MOST_HEADS)
     launch(
         kernel.scan, batch * chunks * groups * -(-ratio // per_program) * rows,
         x, B, C, saved.step, saved.cumulative, saved.runs, saved.states, inputs.D, z, y, ungated,

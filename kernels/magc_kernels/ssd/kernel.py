@@ -72,6 +72,16 @@ def load_rows(pointers, offsets, first, length, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def split_high(a, dtype: tl.constexpr):
+    """Of a float32 tile, still in float32, as much as the narrower `dtype` holds."""
+    if dtype == tl.bfloat16:
+        # Cut, not rounded: two instructions, and the rest takes up the difference.
+        return (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        return a.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def dot_wide(a, b, acc, PRECISION: tl.constexpr):
     """`acc + a @ b` for a float32 `b`: in half precision as the sum of two operands, which together keep about
     twice the bits of one. A state is a sum over the whole past; rounding its terms once would be its largest error.
@@ -79,11 +89,7 @@ def dot_wide(a, b, acc, PRECISION: tl.constexpr):
     if a.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
-        if a.dtype == tl.bfloat16:
-            # Cut, not rounded: two instructions, and the rest takes up the difference.
-            high = (b.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        else:
-            high = b.to(a.dtype).to(tl.float32)
+        high = split_high(b, a.dtype)
         acc = tl.dot(a, high.to(a.dtype), acc)
         acc = tl.dot(a, (b - high).to(a.dtype), acc)
     return acc

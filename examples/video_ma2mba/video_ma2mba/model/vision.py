@@ -80,9 +80,7 @@ class VisionTower(nn.Module):
         """Run a layer. One that trains keeps its input, a twentieth of its activations, and runs again in the backward."""
         if not (torch.is_grad_enabled() and self.trains):
             return layer(hidden, None)
-        return cast(
-            Tensor, checkpoint(layer, hidden, None, use_reentrant=False, preserve_rng_state=self.dropout > 0)
-        )
+        return cast(Tensor, checkpoint(layer, hidden, None, use_reentrant=False, preserve_rng_state=self.dropout > 0))
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
