@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from magc.errors import InputError
 from magc.nn import segments
+from magc.nn.carried import CarriesState, StateParts
 from magc.nn.linear import Linear
 from magc.nn.operators import Choice, Impl, Operators, check_impl, choose, operators
 from magc_kernels._packing import keep_if
@@ -37,7 +38,7 @@ class MambaState(NamedTuple):
     """Document of the last token, `(batch,)` int32; None unless sequences are packed."""
 
 
-class Mamba(nn.Module):
+class Mamba(CarriesState[MambaState]):
     """Mamba-1 mixer with state in and out.
 
     Args:
@@ -119,31 +120,16 @@ class Mamba(nn.Module):
         for parameter in (self.A_log, self.D):
             vars(parameter).update(_no_weight_decay=True)
 
-    def initial_state(
-        self,
-        batch_size: int,
-        *,
-        packed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> MambaState:
-        """Zeros: the state that None stands for, of the same structure as every later state.
+    def state_parts(self, batch: int, dtype: torch.dtype) -> StateParts:
+        """See `CarriesState`."""
+        return {
+            "conv": ((batch, self.d_conv - 1, self.d_inner), dtype),
+            "ssm": ((batch, self.d_inner, self.d_state), torch.promote_types(dtype, torch.float32)),
+        }
 
-        Args:
-            batch_size: rows.
-            packed: whether segments come with `seq_idx`.
-            device: of the state; None: that of the parameters.
-            dtype: of the activations; None: that of the parameters.
-        """
-        weight = self.in_proj.weight
-        device = weight.device if device is None else device
-        dtype = weight.dtype if dtype is None else dtype
-        ssm_dtype = torch.promote_types(dtype, torch.float32)
-        return MambaState(
-            torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=device, dtype=dtype),
-            torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=ssm_dtype),
-            torch.zeros(batch_size, device=device, dtype=torch.int32) if packed else None,
-        )
+    def make_state(self, *parts: Tensor, seq_idx: Tensor | None) -> MambaState:
+        """See `CarriesState`."""
+        return MambaState(*parts, seq_idx=seq_idx)
 
     def forward(
         self, x_BLD: Tensor, state: MambaState | None = None, *, seq_idx: Tensor | None = None
@@ -165,7 +151,7 @@ class Mamba(nn.Module):
         """
         segments.check_segment("Mamba", x_BLD, self.d_model, seq_idx)
         x_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
-        self._check_state(state, x_BLE, seq_idx)
+        self.check_state(state, x_BLE.shape[0], x_BLE.device, x_BLE.dtype, seq_idx)
         run = operators(self.impl, x_BLE.device, x_BLE.dtype, self._obstacle())
         if x_BLD.shape[1] == 1:
             y_BLE, new_state = self._step(run, x_BLE, z_BLE, state, seq_idx)
@@ -290,13 +276,3 @@ class Mamba(nn.Module):
             raise InputError(f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         if self.dt_init not in ("random", "constant"):
             raise InputError(f"dt_init must be 'random' or 'constant', got {self.dt_init!r}")
-
-    def _check_state(self, state: MambaState | None, x_BLE: Tensor, seq_idx: Tensor | None) -> None:
-        if state is None:
-            return
-        batch, dtype = x_BLE.shape[0], x_BLE.dtype
-        parts = {
-            "conv": (state.conv, (batch, self.d_conv - 1, self.d_inner), dtype),
-            "ssm": (state.ssm, (batch, self.d_inner, self.d_state), torch.promote_types(dtype, torch.float32)),
-        }
-        segments.check_state(parts, x_BLE.device, batch, state.seq_idx, seq_idx)

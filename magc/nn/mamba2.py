@@ -17,6 +17,7 @@ from torch.nn import functional
 from magc.ambient import is_output_needed
 from magc.errors import InputError
 from magc.nn import fused, segments
+from magc.nn.carried import CarriesState, StateParts
 from magc.nn.linear import Linear
 from magc.nn.mamba2_values import Mamba2State
 from magc.nn.norm import GatedRMSNorm
@@ -32,7 +33,7 @@ TRITON_D_STATES = (16, 32, 64, 128, 256)
 """Sizes that `magc_kernels.ssd.autograd` takes, known here without Triton."""
 
 
-class Mamba2(nn.Module):
+class Mamba2(CarriesState[Mamba2State]):
     """Mamba-2 mixer with state in and out.
 
     Args:
@@ -160,31 +161,16 @@ class Mamba2(nn.Module):
         for parameter in (self.dt_bias, self.A_log, self.D):
             vars(parameter).update(_no_weight_decay=True)
 
-    def initial_state(
-        self,
-        batch_size: int,
-        *,
-        packed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Mamba2State:
-        """Zeros: the state that None stands for, of the same structure as every later state.
+    def state_parts(self, batch: int, dtype: torch.dtype) -> StateParts:
+        """See `CarriesState`."""
+        return {
+            "conv": ((batch, self.d_conv - 1, self.conv_channels), dtype),
+            "ssm": ((batch, self.nheads, self.headdim, self.d_state), torch.promote_types(dtype, torch.float32)),
+        }
 
-        Args:
-            batch_size: rows.
-            packed: whether segments come with `seq_idx`.
-            device: of the state; None: that of the parameters.
-            dtype: of the activations; None: that of the parameters.
-        """
-        weight = self.in_proj.weight
-        device = weight.device if device is None else device
-        dtype = weight.dtype if dtype is None else dtype
-        ssm_dtype = torch.promote_types(dtype, torch.float32)
-        return Mamba2State(
-            torch.zeros(batch_size, self.d_conv - 1, self.conv_channels, device=device, dtype=dtype),
-            torch.zeros(batch_size, self.nheads, self.headdim, self.d_state, device=device, dtype=ssm_dtype),
-            torch.zeros(batch_size, device=device, dtype=torch.int32) if packed else None,
-        )
+    def make_state(self, *parts: Tensor, seq_idx: Tensor | None) -> Mamba2State:
+        """See `CarriesState`."""
+        return Mamba2State(*parts, seq_idx=seq_idx)
 
     def forward(
         self, x_BLD: Tensor, state: Mamba2State | None = None, *, seq_idx: Tensor | None = None
@@ -377,16 +363,3 @@ class Mamba2(nn.Module):
             raise InputError(f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             raise InputError(f"dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}")
-
-    def check_state(
-        self, state: Mamba2State | None, batch: int, device: torch.device, dtype: torch.dtype, seq_idx: Tensor | None
-    ) -> None:
-        """Raise StateError unless a state fits the layer, activations of this kind, and the use of `seq_idx`."""
-        if state is None:
-            return
-        ssm_shape = (batch, self.nheads, self.headdim, self.d_state)
-        parts = {
-            "conv": (state.conv, (batch, self.d_conv - 1, self.conv_channels), dtype),
-            "ssm": (state.ssm, ssm_shape, torch.promote_types(dtype, torch.float32)),
-        }
-        segments.check_state(parts, device, batch, state.seq_idx, seq_idx)

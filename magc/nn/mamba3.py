@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from magc.errors import InputError
 from magc.nn import segments
+from magc.nn.carried import CarriesState, StateParts
 from magc.nn.linear import Linear
 from magc.nn.norm import GatedRMSNorm
 from magc.nn.operators import Impl, check_impl
@@ -40,7 +41,7 @@ class Mamba3State(NamedTuple):
     """Document of the last token, `(batch,)` int32; None unless sequences are packed."""
 
 
-class Mamba3(nn.Module):
+class Mamba3(CarriesState[Mamba3State]):
     """Mamba-3 mixer with state in and out.
 
     Args:
@@ -144,33 +145,6 @@ class Mamba3(nn.Module):
         for parameter in (self.dt_bias, self.D):
             vars(parameter).update(_no_weight_decay=True)
 
-    def initial_state(
-        self,
-        batch_size: int,
-        *,
-        packed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Mamba3State:
-        """Zeros: the state that None stands for, of the same structure as every later state.
-
-        Args:
-            batch_size: rows.
-            packed: whether segments come with `seq_idx`.
-            device: of the state; None: that of the parameters.
-            dtype: of the activations; None: that of the parameters.
-        """
-        weight = self.in_proj.weight
-        device = weight.device if device is None else device
-        dtype = weight.dtype if dtype is None else dtype
-        parts = {
-            name: torch.zeros(shape, device=device, dtype=part_dtype)
-            for name, (shape, part_dtype) in self._state_parts(batch_size, dtype).items()
-        }
-        return Mamba3State(
-            **parts, seq_idx=torch.zeros(batch_size, device=device, dtype=torch.int32) if packed else None
-        )
-
     def forward(
         self, x_BLD: Tensor, state: Mamba3State | None = None, *, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, Mamba3State]:
@@ -219,18 +193,8 @@ class Mamba3(nn.Module):
             y = self._gate(self.norm, y, z_BLHP)
         return self.out_proj(y.flatten(-2)), Mamba3State(*scan_state, segments.last_document(seq_idx))
 
-    def check_state(
-        self, state: Mamba3State | None, batch: int, device: torch.device, dtype: torch.dtype, seq_idx: Tensor | None
-    ) -> None:
-        """Raise StateError unless a state fits the layer, activations of this kind, and the use of `seq_idx`."""
-        if state is None:
-            return
-        expected = self._state_parts(batch, dtype)
-        parts = {name: (tensor, *expected[name]) for name, tensor in zip(expected, state[:4], strict=True)}
-        segments.check_state(parts, device, batch, state.seq_idx, seq_idx)
-
-    def _state_parts(self, batch: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of each part of a state, in order."""
+    def state_parts(self, batch: int, dtype: torch.dtype) -> StateParts:
+        """See `CarriesState`."""
         wide = torch.promote_types(dtype, torch.float32)
         return {
             "turns": ((batch, self.nheads, self.num_angles), wide),
@@ -238,6 +202,10 @@ class Mamba3(nn.Module):
             "B": ((batch, self.rank, self.nheads, self.d_state), wide),
             "x": ((batch, self.nheads, self.headdim), dtype),
         }
+
+    def make_state(self, *parts: Tensor, seq_idx: Tensor | None) -> Mamba3State:
+        """See `CarriesState`."""
+        return Mamba3State(*parts, seq_idx=seq_idx)
 
     def _mimo(self) -> Mimo | None:
         """Weights of the ranks; the gate and the sum over ranks are left to the norm if there is one."""
