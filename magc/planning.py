@@ -185,17 +185,27 @@ def _plan(
 def _measured_plan(
     request: Request, seq_len: int, budget: int, host: int, disk: bool, progress: Progress | None
 ) -> Plan:
-    """Measure and plan; before a budget is refused, also with longer segments measured than fit into it."""
+    """Measure and plan; before a budget is refused, also with longer segments measured than fit into it.
+
+    A plan whose segments are longer than what was measured is extrapolated, and what grows faster than in proportion would
+    exceed it: its length is measured too, and the choice made again.
+    """
     limit, longest, lowest = budget, 0, lowest_layer(request)
+    lengths: list[int] | None = None
     while True:
-        costs = profile(request, limit_bytes=limit, progress=progress)
+        costs = profile(request, lengths, limit_bytes=limit if lengths is None else None, progress=progress)
         planner = Planner(costs, seq_len, lowest_layer=lowest, host=host > 0, disk=disk)
         try:
-            return planner.plan(budget, host)
+            found = planner.plan(budget, host)
         except BudgetError:
             if costs.longest_sample == longest:
                 raise
-        longest, limit = costs.longest_sample, planner.smallest_budget(host)
+            longest, limit = costs.longest_sample, planner.smallest_budget(host)
+            continue
+        tokens = found.grid(costs.n_layers, seq_len).tokens.part_length(0)
+        if not costs.longest_sample < tokens <= request.inputs.length or tokens in (lengths or ()):
+            return found
+        lengths = sorted({sample.tokens for sample in costs.stages[0].samples} | {tokens})
 
 
 def _host(host_budget: int | str | None) -> int:

@@ -60,7 +60,6 @@ class CudaCapturer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = _capture_stream(torch.empty(0, device=device).device.index)
 
     def new_pool(self) -> object:
         """A private pool of torch's allocator."""
@@ -68,11 +67,12 @@ class CudaCapturer:
 
     def capture(self, body: Callable[[], None], pool: object) -> Replay:
         """See `Capturer.capture`."""
+        stream = _capture_stream(torch.empty(0, device=self._device).device.index)
         # A graph cannot use what eager runs have left in the allocator's cache: its memory would come on top.
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):  # pyright: ignore[reportArgumentType]
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # pyright: ignore[reportArgumentType]
                 body()
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, MagcError | torch.OutOfMemoryError):

@@ -266,7 +266,6 @@ def test_noticing_waits_needs_no_leave_to_warn(monkeypatch: pytest.MonkeyPatch) 
         modes.append(mode)
         warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switch)
     with CudaCapturer(torch.device("cuda")).waits() as found:
