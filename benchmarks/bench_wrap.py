@@ -3,8 +3,9 @@
     python benchmarks/bench_wrap.py --out bench-wrap                    # on a GPU
     python benchmarks/bench_wrap.py --device cpu --small --out bench-wrap
 
-``lstm``: ``torch.nn.LSTM`` of 8 layers of 1024, at the longest power of two that runs without magc, wrapped with an eighth
-of the memory that took. ``mamba2``: transformers' Mamba-2 at the 2.7B shape, 2^18 tokens, loss in the grid, within 8 GiB.
+``lstm``: ``torch.nn.LSTM`` of 8 layers of 1024, 2^18 tokens, or the longest power of two that runs without magc, wrapped
+with an eighth of the memory that took. ``mamba2``: transformers' Mamba-2 at the 2.7B shape, 2^18 tokens, loss in the grid,
+within 8 GiB.
 Writes ``wrap.json`` and prints a table.
 """
 
@@ -16,8 +17,10 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,10 @@ import torch
 from torch import nn
 
 import magc
+from magc.bench.peak import MakesSums, measure_peak
 from magc.bench.work import is_out_of_memory
-from magc.meter import MemoryMeter
+from magc.integrations.wrap import find, wrapped
+from magc.runners.choice import Runner
 from magc.units import format_bytes, parse_bytes
 
 _STEPS = 3
@@ -45,6 +50,7 @@ class Row:
         seconds: of a training step, the median.
         budget: that was given to `magc.wrap`, None without.
         plan: that it chose.
+        runner: of its cells, "" without.
     """
 
     case: str
@@ -53,86 +59,140 @@ class Row:
     seconds: float
     budget: int | None = None
     plan: str = ""
+    runner: str = ""
 
     def __str__(self) -> str:
         """A row of a markdown table."""
         speed = f"{self.tokens / self.seconds:,.0f}"
-        return f"| {self.case} | {self.tokens:,} | {format_bytes(self.peak_bytes)} | {speed} | {self.plan} |"
+        return f"| {self.case} | {self.tokens:,} | {format_bytes(self.peak_bytes)} | {speed} | {self.runner} | {self.plan} |"
 
 
-def measure(model: nn.Module, step: Callable[[], None], device: torch.device) -> tuple[int, float]:
-    """Peak over weights and gradients, and seconds, of a step. The first one compiles, plans and sets up."""
-    step()
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Where and how to measure.
+
+    Attributes:
+        device: of the models.
+        runner: of wrapped ones.
+        small: tiny models, to try it.
+    """
+
+    device: torch.device
+    runner: Runner
+    small: bool
+
+
+def measure(
+    model: nn.Module, step: Callable[[], None], warm_up: Callable[[], object], effort: Effort
+) -> tuple[int, float]:
+    """Peak over weights and gradients, and seconds, of a step.
+
+    Args:
+        model: with no gradients.
+        step: forward and backward.
+        warm_up: what compiles, plans and sets up.
+        effort: where.
+    """
+    warm_up()
+    parameters = list(model.parameters())
+    seconds: list[float] = []
+
+    def watched(makes_sums: MakesSums) -> None:
+        with _sums_made_by(model, makes_sums):
+            seconds.append(_timed(model, step, effort.device))
+
+    # On a GPU the allocator counts and takes no time; on a CPU the meter slows the step down.
+    peak = measure_peak(watched, parameters, ())
+    over = peak.over_gradients
+    if not peak.gradients:
+        over -= sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
+    if effort.device.type != "cuda":
+        seconds.clear()
+    while not seconds or (len(seconds) < _STEPS and sum(seconds) < _PATIENCE):
+        seconds.append(_timed(model, step, effort.device))
+    model.zero_grad(set_to_none=True)
+    return over, statistics.median(seconds)
+
+
+def _timed(model: nn.Module, step: Callable[[], None], device: torch.device) -> float:
     model.zero_grad(set_to_none=True)
     _wait(device)
     start = time.perf_counter()
-    with MemoryMeter(device) as meter:
-        step()
-        _wait(device)
-    # On a GPU the allocator counts and takes no time; on a CPU the meter slows the step down.
-    seconds = [time.perf_counter() - start] if device.type == "cuda" else []
-    gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
-    while not seconds or (len(seconds) < _STEPS and sum(seconds) < _PATIENCE):
-        model.zero_grad(set_to_none=True)
-        _wait(device)
-        start = time.perf_counter()
-        step()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    model.zero_grad(set_to_none=True)
-    return meter.peak_bytes - gradients, statistics.median(seconds)
+    step()
+    _wait(device)
+    return time.perf_counter() - start
 
 
-def lstm(device: torch.device, small: bool) -> list[Row]:
+@contextmanager
+def _sums_made_by(model: nn.Module, makes_sums: MakesSums) -> Generator[None]:
+    """Let the grid of a wrapped model make its sums of gradients so; without effect on others."""
+    wrapping = find(model)
+    if wrapping is None:
+        yield
+        return
+    request = wrapping.grid._request
+    vars(wrapping.grid)["_request"] = lambda *args, **kwargs: replace(request(*args, **kwargs), accumulator=makes_sums)
+    try:
+        yield
+    finally:
+        del vars(wrapping.grid)["_request"]
+
+
+def lstm(effort: Effort) -> list[Row]:
     """As long as it runs, then wrapped with an eighth of the memory."""
-    layers, width, powers = (4, 32, range(9, 7, -1)) if small else (8, 1024, range(20, 13, -1))
+    layers, width, powers = (4, 32, range(9, 7, -1)) if effort.small else (8, 1024, range(18, 13, -1))
     torch.manual_seed(0)
-    model = nn.LSTM(width, width, layers, batch_first=True).to(device)
+    model = nn.LSTM(width, width, layers, batch_first=True).to(effort.device)
     for power in powers:
-        x = torch.randn(1, 2**power, width, device=device)
+        x = torch.randn(1, 2**power, width, device=effort.device)
 
         def step(x: torch.Tensor = x) -> None:
             model(x)[0].square().mean().backward()
 
         try:
-            peak, seconds = measure(model, step, device)
+            peak, seconds = measure(model, step, partial(step, x[:, :4096]), effort)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             model.zero_grad(set_to_none=True)
-            _free(device)
+            _free(effort.device)
             continue
         budget = peak // 8 + sum(parameter.numel() * 4 for parameter in model.parameters())
         plain = Row("LSTM", 2**power, peak, seconds)
-        magc.wrap(model, budget=budget)
-        peak, seconds = measure(model, step, device)
-        return [plain, Row("LSTM, wrapped", 2**power, peak, seconds, budget, _plan(model))]
+        print(plain, flush=True)
+        magc.wrap(model, budget=budget, runner=effort.runner)
+        peak, seconds = measure(model, step, partial(wrapped(model).grid.plan_for, x), effort)
+        return [plain, Row("LSTM, wrapped", 2**power, peak, seconds, budget, _plan(model), effort.runner)]
     raise SystemExit("the LSTM ran out of memory at every length")
 
 
-def mamba2(device: torch.device, small: bool) -> list[Row]:
+def mamba2(effort: Effort) -> list[Row]:
     """Wrapped only: without, its intermediates take hundreds of kilobytes for each token and layer."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     sizes: dict[str, Any] = (
         {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 16, "state_size": 16, "vocab_size": 256}
-        if small
+        if effort.small
         else {"hidden_size": 2560, "num_hidden_layers": 64, "num_heads": 80, "head_dim": 64, "vocab_size": 50277}
     )
-    tokens, budget = (2**10, "16MiB") if small else (2**18, "8GiB")
+    tokens, budget = (2**10, "16MiB") if effort.small else (2**18, "8GiB")
     config = Mamba2Config(**{"state_size": 128, "n_groups": 1, "expand": 2, **sizes})
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if effort.device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    with torch.device(device):
+    with effort.device:
         model: nn.Module = Mamba2ForCausalLM(config)
     model.to(dtype=dtype).train()
     # Gradients are summed in float32 and the budget counts them; the aim is over weights and gradients.
     sums = sum(parameter.numel() * 4 for parameter in model.parameters())
     given = parse_bytes(budget) + sums
-    magc.wrap(model, budget=given, host_budget=None if small else "64GiB")
-    ids = torch.randint(3, config.vocab_size, (1, tokens), device=device)
-    peak, seconds = measure(model, lambda: model(input_ids=ids, labels=ids).loss.backward(), device)
-    return [Row("transformers' Mamba-2, wrapped", tokens, peak, seconds, given, _plan(model))]
+    magc.wrap(model, budget=given, host_budget=None if effort.small else "64GiB", runner=effort.runner)
+    ids = torch.randint(3, config.vocab_size, (1, tokens), device=effort.device)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    peak, seconds = measure(model, step, step, effort)
+    return [Row("transformers' Mamba-2, wrapped", tokens, peak, seconds, given, _plan(model), effort.runner)]
 
 
 CASES = {"lstm": lstm, "mamba2": mamba2}
@@ -143,16 +203,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--runner", choices=("eager", "cuda-graph"), help="of wrapped models (cuda-graph on a GPU)")
     parser.add_argument("--small", action="store_true", help="tiny models, to try it")
     parser.add_argument("--out", default="bench-wrap", help="folder for the results")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
+    runner = options.runner or ("cuda-graph" if device.type == "cuda" else "eager")
     rows: list[Row] = []
     for name in options.cases.split(","):
-        rows += CASES[name](device, options.small)
+        rows += CASES[name](Effort(device, runner, options.small))
         _free(device)
         _write(Path(options.out), device, rows)
-    print("| case | tokens | peak | tokens/s | plan |\n| --- | --- | --- | --- | --- |")
+    print("| case | tokens | peak | tokens/s | runner | plan |\n| --- | --- | --- | --- | --- | --- |")
     print("\n".join(map(str, rows)))
 
 
@@ -168,7 +230,7 @@ def _write(out: Path, device: torch.device, rows: list[Row]) -> None:
 
 
 def _plan(model: nn.Module) -> str:
-    lines = magc.wrapped(model).explain().splitlines()
+    lines = wrapped(model).explain().splitlines()
     return next(line.removeprefix("plan").strip() for line in lines if line.startswith("plan"))
 
 

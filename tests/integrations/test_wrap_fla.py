@@ -20,6 +20,7 @@ from magc.integrations.fla import FLALayer, FLAState
 from magc.integrations.fla.layer import SegmentCache
 from magc.integrations.wrap import wrap, wrapped
 from magc.plan import PlanOrRule
+from tests.autotuning import take_smallest_candidates
 from tests.integrations.fla_models import PREFIXES, fla, make, tiny, use_plain_kernels
 from tests.integrations.models import PLANS, TOKENS, assert_same, assert_same_gradients, batch, labels_of
 
@@ -231,8 +232,9 @@ CALLS = {"whole rows": (whole, whole), "packed rows": (each_alone, packed)}
 @pytest.mark.parametrize("family", PREFIXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("call", CALLS)
-def test_with_its_own_kernels(family: str, dtype: torch.dtype, call: str) -> None:
+def test_with_its_own_kernels(monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype, call: str) -> None:
     """Gradients are off from a float32 model's by no more than those of the model in one piece."""
+    take_smallest_candidates(monkeypatch)
     model = for_kernels(family)
     # Its chunked delta rule takes no float32; the recurrent one does.
     truth = for_kernels(family, **({"attn_mode": "fused_recurrent"} if family == "delta_net" else {}))
@@ -259,8 +261,9 @@ def test_with_its_own_kernels(family: str, dtype: torch.dtype, call: str) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
-def test_cut_segments_are_not_captured() -> None:
+def test_cut_segments_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph would hold the cuts of one batch: with the CUDA-graph runner, batches cut in other ways get the same numbers."""
+    take_smallest_candidates(monkeypatch)
     model = for_kernels("gla")
     ids = torch.randint(3, 256, (1, sum(DOCUMENTS)), generator=torch.Generator().manual_seed(1)).cuda()
     ours = wrap(copy.deepcopy(model), plan=Plan(layers=1, tokens=64), runner="cuda-graph")

@@ -15,6 +15,7 @@ from magc.errors import InputError, LayerContractError
 from magc.integrations.mamba_ssm import mixer_layer
 from magc.integrations.wrap import find, unwrap, wrap, wrapped
 from magc.plan import PlanOrRule
+from tests.autotuning import take_smallest_candidates
 from tests.integrations.mamba_ssm_modules import Mamba2, Mamba3, MambaLMHeadModel
 from tests.integrations.models import PLANS, VOCABULARY, assert_same, batch, labels_of
 from tests.kernels.mamba3_recurrence import naive_mixer, rms
@@ -204,9 +205,10 @@ def test_a_mixer_of_another_make_is_refused(name: str, value: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_beside_mamba_ssm_itself() -> None:
+def test_beside_mamba_ssm_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """mamba-ssm rounds what its kernels read to bfloat16; apart from that it is the recurrence, and so is magc's layer."""
     module = pytest.importorskip("mamba_ssm.modules.mamba3")
+    take_smallest_candidates(monkeypatch)
     torch.manual_seed(0)
     mixer = module.Mamba3(64, d_state=32, headdim=32, ngroups=2, device="cuda")
     x = torch.randn(2, 150, 64, device="cuda")

@@ -16,6 +16,7 @@ from magc.errors import InputError, LayerContractError
 from magc.integrations.mamba_ssm import mixer_layer
 from magc.integrations.wrap import find, unwrap, wrap, wrapped
 from magc.plan import PlanOrRule
+from tests.autotuning import take_smallest_candidates
 from tests.integrations.mamba_ssm_modules import Mamba, Mamba2, MambaLMHeadModel
 from tests.integrations.models import PLANS, VOCABULARY, assert_same, batch, labels_of, mamba, mamba2
 
@@ -155,6 +156,7 @@ def test_beside_mamba_ssm_itself(monkeypatch: pytest.MonkeyPatch, layer: str, dt
     without them run.
     """
     mixer_seq = pytest.importorskip("mamba_ssm.models.mixer_seq_simple")
+    take_smallest_candidates(monkeypatch)
     scans = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
     if not hasattr(scans.selective_scan_cuda, "fwd"):
         monkeypatch.setattr("mamba_ssm.modules.mamba_simple.selective_scan_fn", scans.selective_scan_ref)
