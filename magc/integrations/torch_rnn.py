@@ -25,6 +25,9 @@ RNNState = Tensor | tuple[Tensor, Tensor]
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
+_CUDNN_TOKENS = 1 << 15
+"""Longest part that cuDNN is given: from 65,536 tokens on it refuses (seen on an H200 with PyTorch 2.11)."""
+
 
 class RNNLayer(nn.Module):
     """One layer of an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, sharing its parameters.
@@ -97,16 +100,23 @@ class RNNLayer(nn.Module):
         self._check_input(x)
         h, c = self._initial(x) if state is None else self._checked(x, state)
         weights = self._weights(x)
-        if self.mode == "LSTM":
-            y, h, c = torch.lstm(x, (h, c), weights, self.bias, 1, 0.0, self.training, False, self.batch_first)
-            new_state: RNNState = (h.squeeze(0), c.squeeze(0))
-        else:
-            run = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[self.mode]
-            y, h = run(x, h, weights, self.bias, 1, 0.0, self.training, False, self.batch_first)
-            new_state = h.squeeze(0)
+        parts = cast("Sequence[Tensor]", torch.split(x, _CUDNN_TOKENS, self.seq_dim)) if _runs_on_cudnn(x) else (x,)
+        ys: list[Tensor] = []
+        for part in parts:
+            y, h, c = self._run(part, h, c, weights)
+            ys.append(y)
+        y = torch.cat(ys, self.seq_dim) if len(ys) > 1 else ys[0]
+        new_state = (h.squeeze(0), c.squeeze(0)) if self.mode == "LSTM" else h.squeeze(0)
         if self.dropout:
             y = nn.functional.dropout(y, self.dropout, self.training)
         return y, new_state
+
+    def _run(self, x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """PyTorch's operator; ``c`` is passed through where there is none."""
+        if self.mode == "LSTM":
+            return torch.lstm(x, (h, c), weights, self.bias, 1, 0.0, self.training, False, self.batch_first)
+        run = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[self.mode]
+        return *run(x, h, weights, self.bias, 1, 0.0, self.training, False, self.batch_first), c
 
     def extra_repr(self) -> str:
         """Sizes and options that are not the default."""
@@ -155,7 +165,7 @@ class RNNLayer(nn.Module):
     def _weights(self, x: Tensor) -> list[Tensor]:
         """The weights as PyTorch's operators take them: ih, hh, the biases, hr."""
         weights = {name: cast(Tensor, getattr(self, name)) for name in self._names}
-        if x.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
+        if _runs_on_cudnn(x):
             weights = self._in_one_chunk(weights)
         return list(weights.values())
 
@@ -237,6 +247,10 @@ def from_torch_state(module: nn.RNNBase, state: Tensor | tuple[Tensor, Tensor] |
     if isinstance(state, tuple):
         return [(state[0][i].clone(), state[1][i].clone()) for i in range(layers)]
     return [state[i].clone() for i in range(layers)]
+
+
+def _runs_on_cudnn(x: Tensor) -> bool:
+    return x.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
 
 
 def _is_chunk(tensors: list[Tensor]) -> bool:

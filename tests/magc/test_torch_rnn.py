@@ -291,6 +291,20 @@ def test_cudnn_runs_without_a_warning_and_equals_the_module(
 
 @gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_longer_than_cudnn_takes(name: str, batch: int) -> None:
+    module = MODULES[name][0](4, 8, 1, batch_first=True, device="cuda")
+    x = torch.randn(batch, 70_000, 4, device="cuda", requires_grad=True)
+    whole, parts = (run_segments(split_rnn(module), x, [None], cut) for cut in ((70_000,), (1 << 15, 1 << 15, 4464)))
+    assert torch.equal(whole[0], parts[0])
+    grads = [torch.autograd.grad(y.square().sum(), [x, *module.parameters()]) for y, _ in (whole, parts)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_on_cuda_runs_without_a_warning(dtype: torch.dtype) -> None:
     module = nn.LSTM(16, 32, 3, batch_first=True, device="cuda")
