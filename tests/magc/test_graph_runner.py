@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import magc
 from magc import GridCheckpoint, Plan
 from magc.errors import InputError
+from magc.integrations.torch_rnn import split_rnn
 from magc.nn import Mamba2Config, Mamba2LM
 from tests.magc.layers import Decay
 
@@ -48,6 +49,16 @@ def step(grid: GridCheckpoint, x: Tensor, seed: int = 0) -> list[Tensor]:
         y.square().mean() + sum(state.sum() for state in states), [leaf, *params], allow_unused=False
     )
     return [y.detach(), *(state.detach() for state in states), *grads]
+
+
+def step_of_rnn(grid: GridCheckpoint, x: Tensor, seed: int) -> list[Tensor]:
+    """As `step`, for layers whose state is a pair."""
+    torch.manual_seed(seed)
+    leaf = x.detach().clone().requires_grad_()
+    y, states = grid(leaf)
+    total = y.square().mean() + sum(part.sum() for state in states for part in state)
+    grads = torch.autograd.grad(total, [leaf, *grid.parameters()])
+    return [y.detach(), *(part.detach() for state in states for part in state), *grads]
 
 
 def pair(plan: Plan, made: list[nn.Module] | None = None, **options: Any) -> tuple[GridCheckpoint, GridCheckpoint]:
@@ -198,6 +209,19 @@ def test_a_language_model_with_stem_head_and_packed_documents() -> None:
             grads = torch.autograd.grad(loss, list(model.parameters()))
         results.append([loss.detach(), *grads])
     assert_same(*results)
+
+
+@needs_gpu
+def test_layers_of_a_torch_lstm() -> None:
+    """Kernels of cuDNN, thousands for a cell, and weights that are put together anew in each."""
+    torch.manual_seed(0)
+    made: list[nn.Module] = [*split_rnn(nn.LSTM(16, 32, 3, batch_first=True, device="cuda"))]
+    x = torch.randn(2, 100, 16, device="cuda")
+    eager, captured = pair(Plan(layers=3, tokens=16, keep=1), made)
+    for seed in range(3):
+        assert_same(step_of_rnn(captured, x, seed), step_of_rnn(eager, x, seed))
+    planned = GridCheckpoint(made, budget="1GiB", runner="cuda-graph")
+    assert "cannot be captured" not in planned.plan_for(x).explain()
 
 
 @needs_gpu
