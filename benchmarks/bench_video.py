@@ -29,6 +29,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,18 @@ def _measure(options: argparse.Namespace, out: Path, arguments: str) -> list[Row
             flush=True,
         )
         for minutes in sorted(float(each) for each in options.minutes.split(",")):
-            rows.append(bench.measure(minutes))
+            rows.append(bench.measure(minutes, _tell))
             written = {**record, "rows": [row.as_dict() for row in rows]}
             (out / "video.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
             print(rows[-1], flush=True)
             if rows[-1].eager:
                 print(f"not captured: {rows[-1].eager}", flush=True)
     return rows
+
+
+def _tell(what: str) -> None:
+    """Beside the table, so that a run that is cut off has said where it was."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from magc.grid import Grid as Cells
 from magc.meter import MemoryMeter
 from magc.plan import Plan
 from magc.schedule import Action, Backward, Record, Run, Schedule
-from magc.units import parse_bytes
+from magc.units import format_bytes, parse_bytes
 from video_ma2mba.data.batch import Batch
 from video_ma2mba.data.chat import IGNORED, NO_FRAME, Tokens
 from video_ma2mba.model.model import VideoMa2mba
@@ -37,8 +37,14 @@ from video_ma2mba.training.plans import Plans
 from video_ma2mba.training.ranks import Ranks
 
 _WARM_SEGMENTS = 5
+"""Enough for captured cells of every kind."""
+_WARM_FRAMES = 64
+"""Enough for eager cells: kernels are compiled and the optimizer's state is made, whatever the length."""
 _BLOCK = 512
 """Bytes that the CUDA allocator rounds up to."""
+
+
+Told = Callable[[str], None]
 
 
 class LentPlans(Plans):
@@ -160,8 +166,12 @@ class VideoBench:
         self._strategy = Replicas(config, self._loss, groups, ranks)
         self._vision = self._vision_seconds()
 
-    def measure(self, minutes: float) -> Row:
+    def measure(self, minutes: float, told: Told = print) -> Row:
         """A whole step on so many minutes of video, after short ones that compile, capture and make the optimizer's state.
+
+        Args:
+            minutes: of video.
+            told: told what is being done.
 
         Raises:
             BudgetError: no plan fits; says what would be needed.
@@ -171,12 +181,14 @@ class VideoBench:
         batch, tokens = make_batch(self.model.config, frames, self._config.data.multiple)
         self._loss.grid.release_graphs()
         self._clean()
+        told(f"{minutes:g} min: {len(tokens):,} tokens; measuring the layers")
         start = _now(self._device)
         self._plans.prepare(self.model, batch)
         planning = _now(self._device) - start
         length = len(batch.inputs)
         plan = self._plans(len(self.model.layers), length)
         short = self._part(batch, plan)
+        told(f"planned in {planning:.0f} s: {plan}; warming up on {len(short.inputs):,} tokens")
         with self._plans.lent(length, len(short.inputs)):
             # Of a kind of cell that a step has once, a graph is captured in the second step.
             for _ in range(1 if self._config.memory.runner == "eager" else 2):
@@ -184,6 +196,8 @@ class VideoBench:
         del short
         self._clean()
         if plan.forecast is not None:
+            expected = plan.forecast.estimate
+            told(f"pinning {format_bytes(expected.host_bytes)}; then a step, expected to take {expected.seconds:.0f} s")
             self._loss.grid.pin(plan.forecast.estimate.host_bytes)  # 0.4 s per GiB, once: not a step's time
         step = self._step(batch, metered=True)
         schedule = Schedule(plan, plan.grid(len(self.model.layers), length))
@@ -264,12 +278,17 @@ class VideoBench:
         return step
 
     def _part(self, batch: Batch, plan: Plan) -> Batch:
-        """A shorter sequence with cells of every kind that the plan makes of a batch, or the batch."""
+        """A shorter sequence to warm up on, or the batch: captured, with cells of every kind that the plan makes."""
+        if self._config.memory.runner == "eager":
+            return self._beginning(batch, _WARM_FRAMES)
         grid = plan.grid(len(self.model.layers), len(batch.inputs))
         segments = _WARM_SEGMENTS + math.ceil(plan.kept_cells(grid) / grid.groups)
         if not isinstance(plan.tokens, int) or segments >= grid.segments:
             return batch
-        frames = math.ceil(segments * plan.tokens / self.model.config.vision.tokens_per_frame)
+        return self._beginning(batch, math.ceil(segments * plan.tokens / self.model.config.vision.tokens_per_frame))
+
+    def _beginning(self, batch: Batch, frames: int) -> Batch:
+        """A sequence of fewer frames, or the batch."""
         if frames >= batch.inputs.frames:
             return batch
         return make_batch(self.model.config, frames, self._config.data.multiple)[0]

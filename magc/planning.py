@@ -188,7 +188,7 @@ def _measured_plan(
     """Measure and plan; before a budget is refused, also with longer segments measured than fit into it.
 
     A plan whose segments are longer than what was measured is extrapolated, and what grows faster than in proportion would
-    exceed it: its length is measured too, and the choice made again.
+    exceed it: its length is measured too, in steps, as far as a profile's time allows, and the choice made again.
     """
     limit, longest, lowest = budget, 0, lowest_layer(request)
     lengths: list[int] | None = None
@@ -203,9 +203,16 @@ def _measured_plan(
             longest, limit = costs.longest_sample, planner.smallest_budget(host)
             continue
         tokens = found.grid(costs.n_layers, seq_len).tokens.part_length(0)
-        if not costs.longest_sample < tokens <= request.inputs.length or tokens in (lengths or ()):
+        stopped = lengths is not None and costs.longest_sample < lengths[-1]
+        if stopped or not costs.longest_sample < tokens <= request.inputs.length:
             return found
-        lengths = sorted({sample.tokens for sample in costs.stages[0].samples} | {tokens})
+        lengths = [*(sample.tokens for sample in costs.stages[0].samples), *_steps(costs.longest_sample, tokens)]
+
+
+def _steps(longest: int, wanted: int) -> list[int]:
+    """Lengths to measure on the way from the longest so far to one that is wanted, which is the last."""
+    between = (longest << 2 * k for k in range(1, wanted.bit_length()))
+    return [*(step for step in between if step < wanted), wanted]
 
 
 def _host(host_budget: int | str | None) -> int:

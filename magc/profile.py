@@ -39,8 +39,10 @@ META_FLOPS = 400e12
 META_LAUNCH_SECONDS = 1e-3
 """Seconds of host work per stage and pass assumed for the meta device."""
 PROFILE_SECONDS = 20.0
-"""No further segment length is measured once a profile took this long."""
+"""No further segment length is measured once a profile took this long, nor one that is expected to take it there."""
 _REPLAYS = 4
+_RUNS, _RECORDS, _BACKWARDS = 4, 4, 3
+"""How often a stage is run, recorded and back-propagated at a length that takes long."""
 
 
 def sample_lengths(seq_len: int, device: torch.device) -> list[int]:
@@ -79,7 +81,7 @@ def profile(
         for length in wanted:
             # Of one length alone nothing is known about another: what a stage keeps may be all state, or all activation.
             if len(samples) > 1 and (
-                time.perf_counter() - started > PROFILE_SECONDS
+                time.perf_counter() - started + _seconds(samples, length) > PROFILE_SECONDS
                 or (limit_bytes is not None and _peak(samples, length) > limit_bytes)
             ):
                 break
@@ -92,11 +94,23 @@ def profile(
     return _build(request, stack, stages, samples, state_bytes)
 
 
-def _peak(samples: dict[int, list[StageSample]], length: int) -> float:
-    """Bytes that measuring a length would take, from the lengths so far."""
+def _expected(samples: dict[int, list[StageSample]], length: int) -> list[StageSample]:
+    """What measuring a length would find, from the lengths so far."""
     by_stage = zip(*(row for _, row in sorted(samples.items())), strict=True)
-    expected = [StageCost(stage, 0, 0, 0).at(length) for stage in by_stage]
-    return sum(sample.kept_bytes + sample.backward_peak for sample in expected)
+    return [StageCost(stage, 0, 0, 0).at(length) for stage in by_stage]
+
+
+def _peak(samples: dict[int, list[StageSample]], length: int) -> float:
+    """Bytes that measuring a length would take."""
+    return sum(sample.kept_bytes + sample.backward_peak for sample in _expected(samples, length))
+
+
+def _seconds(samples: dict[int, list[StageSample]], length: int) -> float:
+    """Time that measuring a length would take, at least."""
+    return sum(
+        _RUNS * sample.run_seconds + _RECORDS * sample.record_seconds + _BACKWARDS * sample.backward_seconds
+        for sample in _expected(samples, length)
+    )
 
 
 # ---------------------------------------------------------------------- one length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -161,6 +162,33 @@ def test_measuring_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert x.grad is None
     assert all(param.grad is None for layer in layers for param in layer.parameters())
+
+
+class Slow(nn.Module):
+    """A layer that takes its time, by the token."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.seconds, self.lengths = seconds, set[int]()
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.lengths.add(x.shape[1])
+        time.sleep(self.seconds * x.shape[1])
+        y = self.mix(x)
+        return y, y[:, -1]
+
+
+def test_lengths_that_would_take_too_long_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan has longer segments, and is extrapolated from those that there is time for."""
+    monkeypatch.setattr("magc.profile.PROFILE_SECONDS", 0.5)
+    x = torch.randn(1, 4096, 8)
+    fast, slow = Slow(0.0), Slow(2e-4)
+    for layer in (fast, slow):
+        made = magc.plan([layer], x, budget="1GiB")
+        assert made.grid(1, 4096).tokens.part_length(0) > 1024
+    assert max(fast.lengths) == 4096
+    assert max(slow.lengths) < 1024
 
 
 def test_meta_layers_are_measured_without_memory() -> None:
