@@ -18,6 +18,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"label_smoothing": 0.1},
     {"z_loss": 1e-2},
     {"label_smoothing": 0.2, "z_loss": 0.1},
+    {"l2_warp": torch.tensor(0.3, dtype=torch.float64)},
+    {"label_smoothing": 0.2, "z_loss": 0.1, "l2_warp": torch.tensor(0.3)},
 ]
 
 
@@ -50,6 +52,32 @@ def test_the_reference_is_pytorchs_cross_entropy_and_the_z_loss(options: dict[st
     assert int(count) == 16
 
 
+def test_the_warp_changes_gradients_as_squares_would_and_not_the_sum() -> None:
+    leaves, targets = problem()
+    arguments = (leaves["x"], leaves["weight"], targets, leaves["bias"])
+    strength = torch.tensor(0.3, dtype=torch.float64)
+    total, _ = autograd.linear_cross_entropy(*arguments, l2_warp=strength)
+    plain, _ = reference.linear_cross_entropy(*arguments)
+    assert_close(total, plain, 1e-13)
+    assert torch.equal(reference.linear_cross_entropy(*arguments, l2_warp=strength)[0], plain)
+    logits = functional.linear(leaves["x"], leaves["weight"], leaves["bias"])
+    truth = gradients(plain + 0.5 * strength * logits.amax(-1).square().sum(), leaves)
+    for name, grad in gradients(total, leaves).items():
+        assert_close(grad, truth[name], 1e-13, name)
+
+
+@pytest.mark.parametrize("operator", [autograd.linear_cross_entropy, reference.linear_cross_entropy])
+def test_of_equal_greatest_logits_the_first_is_warped(operator: Any) -> None:
+    x = torch.eye(2, dtype=torch.float64)[None].requires_grad_()
+    weight = torch.tensor([[1.0, -2], [3, -1], [3, -1], [2, -1]], dtype=torch.float64)
+    strength = torch.tensor(0.5, dtype=torch.float64)
+    targets = torch.full((1, 2), -100)  # neither row counts
+    total, count = operator(x, weight, targets, torch.zeros(4, dtype=torch.float64), l2_warp=strength)
+    assert (float(total.detach()), int(count)) == (0.0, 0)
+    (dx,) = torch.autograd.grad(total, x)
+    assert_close(dx, 0.5 * torch.stack([3 * weight[1], -weight[1]])[None], 1e-15)
+
+
 @pytest.mark.parametrize("block", [23, 5 * 23, 1 << 20])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_loss_and_gradients_equal_the_reference_whatever_the_block(
@@ -71,14 +99,17 @@ def test_loss_and_gradients_equal_the_reference_whatever_the_block(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_the_references(dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("strength", [None, 0.3])
+def test_low_precision_is_as_good_as_the_references(dtype: torch.dtype, device: str, strength: float | None) -> None:
     exact, targets = problem()
     leaves, moved = problem(dtype, device)
     arguments = (leaves["x"], leaves["weight"], moved, leaves["bias"])
-    truth_total, _ = reference.linear_cross_entropy(exact["x"], exact["weight"], targets, exact["bias"])
+    options: Any = {} if strength is None else {"l2_warp": torch.tensor(strength, dtype=torch.float64, device=device)}
+    cpu: Any = {name: value.cpu() for name, value in options.items()}
+    truth_total, _ = reference.linear_cross_entropy(exact["x"], exact["weight"], targets, exact["bias"], **cpu)
     truth = gradients(truth_total, exact)
-    plain = gradients(reference.linear_cross_entropy(*arguments)[0], leaves)
-    total, _ = autograd.linear_cross_entropy(*arguments)
+    plain = gradients(reference.linear_cross_entropy(*arguments, **options)[0], leaves)
+    total, _ = autograd.linear_cross_entropy(*arguments, **options)
     assert total.dtype == torch.float32
     for name, grad in gradients(total, leaves).items():
         error, bound = ((g.cpu().double() - truth[name]).norm() for g in (grad, plain[name]))
@@ -126,6 +157,8 @@ def test_rows_without_a_target_get_no_gradient_and_none_at_all_is_zero() -> None
         ({"targets": torch.zeros(2, 9)}, TypeError, "targets must be integers"),
         ({"bias": torch.zeros(22)}, ValueError, "bias must have shape"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be"),
+        ({"l2_warp": torch.ones(2)}, ValueError, "l2_warp must be a scalar"),
+        ({"l2_warp": torch.tensor(1.0, requires_grad=True)}, ValueError, "detach"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -19,6 +19,8 @@ from magc_kernels.linear.autograd import cast
 
 BLOCK_ELEMENTS = 1 << 24
 """Logits that exist in float32 at a time: 64 MiB."""
+Options = tuple[int, float, float, Tensor | None]
+"""``ignore_index``, ``label_smoothing``, ``z_loss`` and ``l2_warp``."""
 
 
 def linear_cross_entropy(
@@ -30,10 +32,11 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    l2_warp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.linear_cross_entropy`, differentiable once."""
-    check(x, weight, targets, bias, label_smoothing)
-    options = (ignore_index, label_smoothing, z_loss)
+    check(x, weight, targets, bias, label_smoothing, l2_warp)
+    options = (ignore_index, label_smoothing, z_loss, l2_warp)
     given = (x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         total, count = _LinearCrossEntropy.apply(options, targets, *given)
@@ -43,10 +46,10 @@ def linear_cross_entropy(
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: tuple[int, float, float], *, keep: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The summed loss, the count, and the gradient of the sum with respect to the logits `(rows, vocabulary)`."""
-    ignore_index, smoothing, z_loss = options
+    ignore_index, smoothing, z_loss, l2_warp = options
     dtype = autocast_type(x)
     with torch.no_grad(), autocast_off(x.device):
         x_RD = cast(x, dtype).flatten(0, -2)
@@ -72,6 +75,7 @@ def _forward(
                 loss = loss + z_loss * log_sum.square()
             losses_R[part] = torch.where(counted, loss, 0.0)
             if gradient is not None:
+                warp = None if l2_warp is None else _warp(logits, l2_warp)
                 # Of float64 logits `to` made no copy, but then the product is nobody else's either.
                 d = logits.sub_(log_sum[:, None]).exp_()
                 if z_loss:
@@ -79,14 +83,23 @@ def _forward(
                 if smoothing:
                     d.sub_(smoothing / vocabulary)
                 d.scatter_add_(-1, index, torch.full_like(index, smoothing - 1, dtype=wide))
-                gradient[part] = torch.where(counted[:, None], d, 0.0)
+                d = torch.where(counted[:, None], d, 0.0)
+                if warp is not None:
+                    d.scatter_add_(-1, *warp)
+                gradient[part] = d
         return losses_R.sum(), counted_R.sum(), gradient
+
+
+def _warp(logits: Tensor, l2_warp: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row of `(rows, vocabulary)` is greatest, and what its gradient gets there, both `(rows, 1)`."""
+    greatest = logits.max(-1, keepdim=True)
+    return greatest.indices, greatest.values * l2_warp
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, options: tuple[int, float, float], targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, options: Options, targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         total, count, gradient = _forward(x, weight, bias, targets, options, keep=True)
         ctx.mark_non_differentiable(count)
