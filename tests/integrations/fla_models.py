@@ -29,8 +29,7 @@ TINY: dict[str, dict[str, Any]] = {
     "kda": {"num_heads": 2, "head_dim": 4},
     "linear_attn": {"num_heads": 2, "norm_feature_map": True, "feature_map": "identity"},
     "retnet": {"num_heads": 2},
-    "rwkv7": {"head_dim": 8, "use_l2warp": False, "norm_eps": 1e-2}
-    | {f"{name}_low_rank_dim": 4 for name in ("decay", "gate", "a", "v")},
+    "rwkv7": {"head_dim": 8, "norm_eps": 1e-2} | {f"{name}_low_rank_dim": 4 for name in ("decay", "gate", "a", "v")},
 }
 """What kernels would not take."""
 PREFIXES = {

@@ -22,7 +22,7 @@ from magc.integrations.wrap import wrap, wrapped
 from magc.plan import PlanOrRule
 from tests.autotuning import take_smallest_candidates
 from tests.integrations.fla_models import PREFIXES, fla, make, tiny, use_plain_kernels
-from tests.integrations.models import PLANS, TOKENS, assert_same, assert_same_gradients, batch, labels_of
+from tests.integrations.models import PLANS, TOKENS, InDouble, assert_same, assert_same_gradients, batch, labels_of
 
 
 @pytest.fixture
@@ -86,6 +86,91 @@ def test_refused_with_a_remedy() -> None:
     with pytest.raises(InputError, match="a criterion of its own"):
         twin(**batch(), labels=batch()["input_ids"])
     assert "flash-linear-attention's own modules" in wrapped(twin).explain()
+
+
+# ---------------------------------------------------------------------- use_l2warp, RWKV-7's default
+def assert_same_with_l2warp(model: Any, twin: Any, *calls: dict[str, Any]) -> None:
+    """In float64, whose tolerance sees the warp: gradients of the losses of all calls, in another order than they were made."""
+    with InDouble():
+        expected, actual = ([each(**call).loss for call in calls] for each in (model, twin))
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_same(ours, theirs, 1e-12)
+        for losses in (expected, actual):
+            for index, loss in enumerate(losses):
+                (loss * (3.0 + index)).backward()
+    assert_same_gradients(twin, model, 1e-12)
+
+
+@pytest.mark.usefixtures("plain")
+@on_cpu
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_l2warp(family: str, plan: PlanOrRule) -> None:
+    model = tiny(family, use_l2warp=True).double()
+    call = {**batch(), "labels": labels_of(batch())}
+    assert_same_with_l2warp(model, wrap(copy.deepcopy(model), plan=plan), call)
+    warped = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model.config.use_l2warp = False
+    with InDouble():
+        (model(**call).loss * 3.0).backward()
+    assert float((model.lm_head.weight.grad - warped).abs().max()) > 1e-6
+
+
+def ignored(**more: Any) -> dict[str, Any]:
+    """A call in which the first row has no target."""
+    labels = labels_of(batch())
+    labels[0] = -100
+    return {**batch(), "labels": labels, **more}
+
+
+L2WARP_CALLS: dict[str, list[dict[str, Any]]] = {
+    "a row without targets": [ignored()],
+    "items": [ignored(num_items_in_batch=7)],
+    "no target, items": [{**ignored(num_items_in_batch=torch.tensor(7)), "labels": torch.full((2, TOKENS), -100)}],
+    "shifted": [{**batch(), "labels": batch()["input_ids"], "shift_labels": labels_of(batch())}],
+    "accumulated": [ignored(), {"input_ids": torch.full((1, 5), 4), "labels": torch.full((1, 5), 4)}],
+    "accumulated items": [ignored(num_items_in_batch=9), {**batch(), "labels": labels_of(batch())}],
+}
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.filterwarnings("ignore:According to Bo")
+@pytest.mark.parametrize("calls", L2WARP_CALLS.values(), ids=L2WARP_CALLS)
+def test_l2warp_is_scaled_with_the_loss(calls: list[dict[str, Any]]) -> None:
+    model = tiny("rwkv7").double()
+    assert model.config.use_l2warp
+    assert_same_with_l2warp(model, wrap(copy.deepcopy(model), plan=Plan(layers=2, tokens=2)), *calls)
+
+
+@pytest.mark.usefixtures("plain")
+def test_l2warp_with_a_head_that_is_called() -> None:
+    """A head with hooks is not plain, and makes logits of a segment."""
+    model = tiny("gla", use_l2warp=True).double()
+    twin = wrap(copy.deepcopy(model), plan=PLANS["ragged"])
+    twin.lm_head.register_forward_hook(lambda _module, _args, out: None)
+    assert_same_with_l2warp(model, twin, ignored())
+
+
+@pytest.mark.usefixtures("plain")
+def test_l2warp_follows_the_configuration() -> None:
+    model = tiny("gla").double()
+    twin = wrap(copy.deepcopy(model), plan=PLANS["ragged"])
+    model.config.use_l2warp = twin.config.use_l2warp = True
+    assert_same_with_l2warp(model, twin, ignored())
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.filterwarnings("ignore:According to Bo")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_l2warp_of_padded_rows_is_refused(side: str) -> None:
+    twin = wrap(tiny("rwkv7"), plan=Plan())
+    call = {**batch(side), "labels": labels_of(batch(side))}
+    with pytest.raises(InputError, match=r"PackingCollator.*use_l2warp = False"):
+        twin(**call)
+    twin.config.use_l2warp = False
+    twin(**call).loss.backward()
+    twin.config.use_l2warp = True
+    twin(**{**call, "attention_mask": torch.ones_like(call["attention_mask"])}).loss.backward()
 
 
 @pytest.mark.usefixtures("plain")
@@ -203,8 +288,6 @@ def for_kernels(family: str, **changes: Any) -> Any:
     """A model of sizes that its kernels take."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 256, "intermediate_size": 256}
     heads: dict[str, Any] = {"head_dim": 64} if family in ("rwkv7", "gated_deltanet", "kda") else {"num_heads": 2}
-    if family == "rwkv7":
-        heads["use_l2warp"] = False  # changes the gradient of the loss, which the grid's does not have
     return make(family, **sizes, **{"fuse_norm": True, "fuse_swiglu": True, **heads, **changes}).cuda()
 
 
@@ -237,9 +320,11 @@ CALLS = {"whole rows": (whole, whole), "packed rows": (each_alone, packed)}
 def test_with_its_own_kernels(monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype, call: str) -> None:
     """Gradients are off from a float32 model's by no more than those of the model in one piece."""
     take_smallest_candidates(monkeypatch)
-    model = for_kernels(family)
+    # Of documents in calls of their own l2_warp divides by the tokens of each.
+    warps: dict[str, Any] = {"use_l2warp": False} if call == "packed rows" else {}
+    model = for_kernels(family, **warps)
     # Its chunked delta rule takes no float32; the recurrent one does.
-    truth = for_kernels(family, **({"attn_mode": "fused_recurrent"} if family == "delta_net" else {}))
+    truth = for_kernels(family, **warps, **({"attn_mode": "fused_recurrent"} if family == "delta_net" else {}))
     tokens = 300 if call == "whole rows" else sum(DOCUMENTS)
     ids = torch.randint(3, 256, (2, tokens), generator=torch.Generator().manual_seed(1)).cuda()
     plainly, wrappedly = CALLS[call]

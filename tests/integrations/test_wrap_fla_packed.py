@@ -70,7 +70,7 @@ def items_of(batch: dict[str, Any]) -> int:
 # ---------------------------------------------------------------------- packed rows
 @on_cpu()
 def test_packed_rows_equal_separate_ones(family: str) -> None:
-    model = tiny(family).double()
+    model = tiny(family, use_l2warp=False).double()  # in separate calls it would divide by the tokens of each
     twin = wrap(copy.deepcopy(model), plan=PLANS["ragged"])
     packed = PackingCollator(tokens=11)(documents())
     assert packed["input_ids"].shape == (2, 11)
@@ -81,6 +81,23 @@ def test_packed_rows_equal_separate_ones(family: str) -> None:
         assert_same(actual.loss, expected, 1e-12)
         expected.backward()
         actual.loss.backward()
+    assert_same_gradients(twin, model, 1e-12)
+
+
+@on_cpu("gla", "rwkv7")
+def test_l2warp_counts_the_tokens_of_all_documents(family: str) -> None:
+    model = tiny(family, use_l2warp=True).double()
+    twin = wrap(copy.deepcopy(model), plan=PLANS["ragged"])
+    packed = PackingCollator()(documents())
+    with InDouble():
+        parts = [model(input_ids=torch.tensor([document["input_ids"]])).logits for document in documents()]
+        logits = torch.cat(parts, 1)
+        wanted = nn.functional.pad(packed["labels"], (0, 1), value=-100)[0, 1:]
+        expected = fla("fla.modules.l2warp").l2_warp(nn.functional.cross_entropy(logits[0], wanted), logits)
+        actual = twin(**packed).loss
+        assert_same(actual, expected, 1e-12)
+        expected.backward()
+        actual.backward()
     assert_same_gradients(twin, model, 1e-12)
 
 
@@ -200,7 +217,7 @@ def test_rows_padded_on_the_right_equal_bare_ones(family: str) -> None:
 
 
 def check_padding(family: str, side: str) -> None:
-    model = tiny(family).double()
+    model = tiny(family, use_l2warp=False).double()  # which is refused in padded rows
     twin = wrap(copy.deepcopy(model), plan=PLANS["ragged"])
     inputs = batch(side)
     mask, labels = inputs["attention_mask"], labels_of(inputs)

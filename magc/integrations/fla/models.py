@@ -6,18 +6,22 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from magc.errors import InputError
 from magc.integrations.fla.documents import Positions, positions_of
 from magc.integrations.fla.layer import FLALayer
 from magc.integrations.forward import Adapted, GridForward, Settings
-from magc.integrations.transformers.causal_lm import Input, LMForward, TrunkForward
-from magc.integrations.transformers.head import Loss
-from magc.integrations.transformers.tokens import side_inputs
+from magc.integrations.transformers.causal_lm import Input, LMForward, TrunkForward, targets
+from magc.integrations.transformers.head import IGNORED, Loss, Warped
+from magc.integrations.transformers.tokens import padding, side_inputs
 
 FIRST_VALUES = ("RWKV7Model",)
 """Trunks whose blocks take the first layer's values."""
+L2_WARP = 1e-4
+"""With ``config.use_l2warp``, RWKV-7's default, the gradient of each token's greatest logit gets this times that logit,
+divided by the number of all tokens with or without a target, times the gradient of the loss (``fla.modules.l2warp``)."""
 _NAMES = {"cu_seqlens": "cu_seq_lens_q"}
 
 
@@ -51,11 +55,32 @@ class FLALMForward(LMForward):
 
     def _require_own_loss(self) -> None:
         model: Any = self.module
-        if getattr(model, "criterion", None) is not None or getattr(model.config, "use_l2warp", False):
+        if getattr(model, "criterion", None) is not None:
             raise InputError(
-                f"{type(model).__name__} has a criterion of its own or use_l2warp=True, and the grid computes the plain "
-                f"cross-entropy. Wrap with logits=True: the loss is then computed outside the grid"
+                f"{type(model).__name__} has a criterion of its own, and the grid computes the plain cross-entropy. Wrap "
+                f"with logits=True: the loss is then computed outside the grid"
             )
+
+    def wanted(self, call: dict[str, Any]) -> Tensor | Warped:
+        """See `LMForward.wanted`; warped if the configuration says so.
+
+        Raises:
+            InputError: warped rows are padded: flash-linear-attention warps the padding's logits too, and the grid's are
+                not those of its own code.
+        """
+        wanted_BL = targets(call)
+        config: Any = self.module.config
+        if not getattr(config, "use_l2warp", False):
+            return wanted_BL
+        if padding(call) is not None:
+            raise InputError(
+                "config.use_l2warp=True changes gradients at padded tokens too, whose hidden states are others in the grid. "
+                "Pack rows instead of padding them (magc.data.PackingCollator), or set model.config.use_l2warp = False"
+            )
+        # The grid divides the summed loss by the count of targets, unless the call says what to divide by.
+        count = 1.0 if "num_items_in_batch" in call else (wanted_BL != IGNORED).sum()
+        one_1L = torch.ones(1, wanted_BL.shape[1], dtype=torch.float64, device=wanted_BL.device)
+        return Warped(wanted_BL, one_1L * (L2_WARP / wanted_BL.numel()) * count)
 
 
 def _renamed(call: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from magc.errors import InputError
 from magc.integrations.forward import GridForward, ModelGrid
-from magc.integrations.transformers.head import IGNORED, Head, Loss, Stem
+from magc.integrations.transformers.head import IGNORED, Head, Loss, Stem, Warped
 from magc.integrations.transformers.routing import load_balancing_loss
 from magc.integrations.transformers.tokens import PACKING_ARGUMENTS, side_inputs
 
@@ -205,7 +205,7 @@ class LMForward(HookedForward):
             side["routed"] = torch.ones(inputs.shape[:2], device=inputs.device) if mask is None else mask
         loss, states = self.trunk.grid.loss_and_state(
             inputs,
-            targets(call),
+            self.wanted(call),
             stem=None if embeddings is None else self.stem,
             head=self.head,
             reduction="mean" if items is None else "sum",
@@ -218,6 +218,10 @@ class LMForward(HookedForward):
             more["aux_loss"] = load_balancing_loss(states)
             loss = loss + model.router_aux_loss_coef * more["aux_loss"]
         return self.output(loss=loss, **more) if returns_dict(model, call) else (loss, *more.values())
+
+    def wanted(self, call: dict[str, Any]) -> Tensor | Warped:
+        """The head's targets for a call with labels."""
+        return targets(call)
 
     def _require_own_loss(self) -> None:
         own: Any = importlib.import_module("transformers.loss.loss_utils").ForCausalLMLoss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from magc.integrations.forward import Settings
 from magc.integrations.transformers.mixers import project
 from magc.nn.fused import is_plain
 from magc_kernels.cross_entropy.autograd import linear_cross_entropy
+from magc_kernels.cross_entropy.reference import warped_zero
 
 IGNORED = -100
 
@@ -80,6 +81,16 @@ class Stem(nn.Module):
         return x_BLD if self.scale == 1.0 else x_BLD * self.scale
 
 
+class Warped(NamedTuple):
+    """Targets, and what the gradient of each token's greatest logit is to have besides that of the loss."""
+
+    targets: Tensor
+    """`(batch, length)`, `IGNORED` where there is none."""
+    strength: Tensor
+    """``l2_warp`` of `magc_kernels.cross_entropy.reference.linear_cross_entropy` for the sum over all segments;
+    `(1, length)`, the same for every token, so that each segment has it."""
+
+
 class Head(nn.Module):
     """Hidden states and targets to the summed cross-entropy of a segment."""
 
@@ -88,9 +99,16 @@ class Head(nn.Module):
         self.projection = projection
         self.loss = loss
 
-    def forward(self, y_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum in float32 over targets other than `IGNORED`, and their number."""
+    def forward(self, y_BLD: Tensor, targets: Tensor | Warped) -> tuple[Tensor, Tensor]:
+        """The sum in float32 over targets other than `IGNORED`, and their number.
+
+        Args:
+            y_BLD: hidden states.
+            targets: `(batch, length)`, with or without a warp.
+        """
         projection, loss = self.projection, self.loss
+        targets_BL = targets if isinstance(targets, Tensor) else targets.targets
+        l2_warp = None if isinstance(targets, Tensor) else targets.strength[0, 0]
         weight = getattr(projection, "weight", None)
         y_BLD = y_BLD if weight is None else y_BLD.to(weight.dtype)
         if type(projection) is nn.Linear and is_plain(projection):
@@ -103,6 +121,7 @@ class Head(nn.Module):
                 ignore_index=IGNORED,
                 label_smoothing=loss.label_smoothing,
                 z_loss=loss.z_loss,
+                l2_warp=l2_warp,
             )
         logits_BLV = project(projection, y_BLD)
         logits_RV = (logits_BLV * loss.scale).to(torch.promote_types(logits_BLV.dtype, torch.float32)).flatten(0, 1)
@@ -117,4 +136,4 @@ class Head(nn.Module):
         if loss.z_loss:
             squares_R = logits_RV.logsumexp(-1).square()
             total = total + loss.z_loss * torch.where(counted_BL.flatten(), squares_R, 0.0).sum()
-        return total, counted_BL.sum()
+        return total if l2_warp is None else total + warped_zero(logits_RV, l2_warp), counted_BL.sum()
