@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +42,30 @@ class RoutedState(NamedTuple):
 
 @contextmanager
 def router_logits(router: nn.Module) -> Generator[list[Tensor]]:
-    """The logits that a router of transformers computes while this is entered: the first of its outputs, each `(R, E)`."""
+    """The logits that a router of transformers computes while this is entered, each `(R, E)`.
+
+    Raises:
+        InputError: from the router's call, if none of its outputs is known to be logits.
+    """
     seen: list[Tensor] = []
-    handle = router.register_forward_hook(lambda _module, _args, out: seen.append(cast(tuple[Tensor, ...], out)[0]))
+    handle = router.register_forward_hook(lambda module, _args, out: seen.append(_logits_among(module, out)))
     try:
         yield seen
     finally:
         handle.remove()
+
+
+def _logits_among(router: Any, outputs: tuple[Tensor, ...]) -> Tensor:
+    # Logits, weights, indices; Granite's in transformers 5.17: indices, weights, logits.
+    logits = outputs[0] if outputs[0].is_floating_point() else outputs[-1]
+    if not logits.is_floating_point() or logits.shape[-1] != router.num_experts:
+        kinds = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in outputs)
+        raise InputError(
+            f"{type(router).__name__} returned {kinds}, of which neither the first nor the last are logits of "
+            f"{router.num_experts} experts, so the routers' loss is not known. Leave out output_router_logits, and set "
+            f"config.output_router_logits=False"
+        )
+    return logits
 
 
 def add_to_sums(before: RouterSums | None, logits_RE: Tensor, counted_BL: Tensor, chosen: int) -> RouterSums:
