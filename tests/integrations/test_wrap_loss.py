@@ -275,8 +275,19 @@ def test_loss_of_the_routers_by_the_configuration(family: str) -> None:
 @all_routed
 def test_logits_of_routers_are_refused(family: str) -> None:
     twin = wrapped_copy(ROUTED[family](), PLAN)
-    with pytest.raises(InputError, match=r"output_router_logits .*with labels"):
+    refused = pytest.raises(InputError, match=r"output_router_logits .*with labels")
+    with refused:
         twin(**batch(), output_router_logits=True)
+    inputs = batch()
+    wrap(twin, plan=PLAN, logits=True)
+    with refused:
+        twin(**inputs, labels=labels_of(inputs), output_router_logits=True)
+    twin.config.output_router_logits = True
+    with refused:
+        twin(**inputs)
+    assert twin(**inputs, output_router_logits=False).logits is not None
+    with torch.no_grad():
+        assert twin(**inputs).logits is not None
 
 
 def test_a_loss_of_routers_without_routers() -> None:

@@ -169,8 +169,12 @@ class LMForward(HookedForward):
             InputError: as `TrunkForward.takes`, or the loss is not transformers' own.
         """
         if not self.computes_loss(call):
-            packed = any(name in call for name in PACKING_ARGUMENTS)
-            return packed and not caches(self.trunk.module, call)
+            if caches(self.trunk.module, call):
+                return False
+            if self.balances(call):
+                # The trunk refuses too, but not in every release of transformers is it told.
+                refuse_unknown(self.module, {"output_router_logits": True}, ())
+            return any(name in call for name in PACKING_ARGUMENTS)
         beside = ("labels", *_LOSS_ARGUMENTS, *(("output_router_logits",) if self.routes else ()))
         if not self.trunk.takes({name: value for name, value in call.items() if name not in beside}):
             return False
@@ -181,6 +185,11 @@ class LMForward(HookedForward):
     def routes(self) -> bool:
         """Whether the model can add a loss of its routers."""
         return hasattr(self.module, "router_aux_loss_coef")
+
+    def balances(self, call: dict[str, Any]) -> bool:
+        """Whether a call asks for a loss of the routers, or their logits."""
+        model: Any = self.module
+        return self.routes and bool(call.get("output_router_logits", model.config.output_router_logits))
 
     def computes_loss(self, call: dict[str, Any]) -> bool:
         """Whether a call is one for a loss without logits."""
@@ -198,7 +207,7 @@ class LMForward(HookedForward):
         embeddings, inputs = self.trunk.inputs(call)
         items = call.get("num_items_in_batch")
         side: dict[str, Any] = self.trunk.side(call, inputs)
-        balances = self.routes and bool(call.get("output_router_logits", model.config.output_router_logits))
+        balances = self.balances(call)
         if balances:
             # Its presence has layers with routers keep sums.
             mask = side["attention_mask"]
