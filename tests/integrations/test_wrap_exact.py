@@ -35,11 +35,11 @@ def test_loss_and_gradients(family: str, plan: PlanOrRule, padding: str | None) 
     model = FAMILIES[family]()
     wrapped = wrapped_copy(model, plan)
     inputs = batch(padding)
-    expected = model(**inputs, labels=labels_of(inputs)).loss
-    actual = wrapped(**inputs, labels=labels_of(inputs)).loss
-    assert_same(actual, expected, TOLERANCE)
-    expected.backward()
-    actual.backward()
+    expected, actual = (each(**inputs, labels=labels_of(inputs)) for each in (model, wrapped))
+    assert type(actual) is type(expected)
+    assert_same(actual.loss, expected.loss, TOLERANCE)
+    expected.loss.backward()
+    actual.loss.backward()
     assert_same_gradients(wrapped, model, TOLERANCE)
 
 

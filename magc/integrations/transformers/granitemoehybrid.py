@@ -74,7 +74,6 @@ _FAMILY = Hybrid(
     "projections, MLPs and experts are called as modules",
     final_norm="norm",
     takes_in=lambda trunk: Input(attends=True, scale=trunk.embedding_multiplier, scales_given=True),
-    outputs=("MoeModelOutputWithPast", "MoeCausalLMOutputWithPast"),
     logits_scale=lambda model: 1.0 / model.config.logits_scaling,
     routers=True,
 )

@@ -184,7 +184,6 @@ class Hybrid:
         blocks: ``blocks(trunk, block, index, impl, norm)``: a block of the trunk; ``norm`` is the trunk's on the last one.
         note: what runs on magc's operators.
         takes_in: what the trunk does with its input.
-        outputs: classes of what the trunk and the language model return, in ``transformers.modeling_outputs``.
         logits_scale: of a language model's logits.
         routers: whether it may have experts.
     """
@@ -196,9 +195,19 @@ class Hybrid:
     block_class: tuple[str, ...] = ("DecoderLayer",)
     final_norm: str = "final_layernorm"
     takes_in: Callable[[Any], Input] = lambda trunk: Input(attends=True)
-    outputs: tuple[str, str] = ("BaseModelOutputWithPast", "CausalLMOutputWithPast")
     logits_scale: Callable[[Any], float] = lambda model: 1.0
     routers: bool = False
+
+
+def output_classes(module: Any) -> tuple[Any, Any]:
+    """The classes of what a hybrid's trunk and language model return.
+
+    Releases of transformers differ (Nemotron-H's have room for routers since some release behind 5.17), and a module imports
+    those for models with routers only to return them.
+    """
+    if hasattr(module, "MoeModelOutputWithPast"):
+        return module.MoeModelOutputWithPast, module.MoeCausalLMOutputWithPast
+    return module.BaseModelOutputWithPast, module.CausalLMOutputWithPast
 
 
 def adapt_hybrid(model: Any, settings: Settings, family: Hybrid) -> Adapted:
@@ -231,8 +240,7 @@ def adapt_hybrid(model: Any, settings: Settings, family: Hybrid) -> Adapted:
         bypassed |= {f"{name}.{path}": block.get_submodule(path) for path in made.bypassed}
         layers.append(made.layer)
     grid = settings.grid(layers)
-    outputs: Any = importlib.import_module("transformers.modeling_outputs")
-    trunk_output, model_output = (getattr(outputs, name) for name in family.outputs)
+    trunk_output, model_output = output_classes(classes)
     forward = TrunkForward(trunk, grid, bypassed, trunk_output, family.takes_in(trunk))
     forwards: tuple[GridForward, ...] = (forward,)
     notes = [family.note, ATTENTION_NOTE, *([ROUTER_NOTE] if family.routers else [])]

@@ -91,7 +91,6 @@ _FAMILY = Hybrid(
     "projections, MLPs and experts are called as modules",
     block_class=("Block",),
     final_norm="norm_f",
-    outputs=("MoeModelOutputWithPast", "MoeCausalLMOutputWithPast"),
 )
 
 

@@ -176,7 +176,6 @@ _FAMILY = Hybrid(
     "convolution and gated norm of Qwen3NextGatedDeltaNet run on magc's operators, its gated delta rule in plain PyTorch, with "
     "the model's own parameters; projections, MLPs and experts are called as modules",
     final_norm="norm",
-    outputs=("MoeModelOutputWithPast", "MoeCausalLMOutputWithPast"),
     routers=True,
 )
 
