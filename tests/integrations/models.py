@@ -33,6 +33,7 @@ from transformers import (
     MambaForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
+    PreTrainedModel,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     Zamba2Config,
@@ -257,6 +258,14 @@ def batch(padding: str | None = None) -> dict[str, Tensor]:
 def cache_name(model: Any) -> str:
     """What transformers calls the cache of a Mamba-2: "cache" since 5.24, "cache_params" before."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "cache_params"
+
+
+CHECKPOINTING = tuple(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(PreTrainedModel, f"{name}_enable")
+)
+"""What transformers calls its switch for checkpointing: the first is newer than 5.17, which knows the second alone."""
 
 
 def labels_of(inputs: dict[str, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from magc import Plan
 from magc.errors import InputError, LayerContractError
 from magc.integrations.wrap import wrap, wrapped
 from tests.integrations.models import (
+    CHECKPOINTING,
     TOKENS,
     VOCABULARY,
     assert_same,
@@ -325,7 +326,8 @@ def test_a_batch_without_targets() -> None:
 
 def test_transformers_own_checkpointing_may_stay_switched_on() -> None:
     model, twin = pair()
-    twin.activation_checkpointing_enable()
+    getattr(twin, f"{CHECKPOINTING[0]}_enable")()
+    assert getattr(twin, f"is_{CHECKPOINTING[0]}")
     inputs = batch("left")
     for each in (model, twin):
         each(**inputs, labels=labels_of(inputs)).loss.backward()

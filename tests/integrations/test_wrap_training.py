@@ -15,7 +15,7 @@ from torch import Tensor
 from magc import Plan
 from magc.errors import InputError
 from magc.integrations.wrap import find, unwrap, wrap, wrapped
-from tests.integrations.models import VOCABULARY, assert_same, assert_same_gradients, batch, mamba2
+from tests.integrations.models import CHECKPOINTING, VOCABULARY, assert_same, assert_same_gradients, batch, mamba2
 
 transformers: Any = pytest.importorskip("transformers")
 accelerate: Any = pytest.importorskip("accelerate")
@@ -23,6 +23,7 @@ accelerate: Any = pytest.importorskip("accelerate")
 from magc.integrations.transformers import install, uninstall  # noqa: E402 - after what it needs was found
 
 STEPS = 20
+SWITCH = CHECKPOINTING[0]
 MAGC = {"method": "magc", "plan": {"layers": 2, "tokens": 5}}
 
 
@@ -98,19 +99,19 @@ def test_trainer_evaluates_and_saves(tmp_path: Path) -> None:
 def test_trainer_with_the_method_in_its_arguments(tmp_path: Path) -> None:
     expected = train(mamba2(), tmp_path)
     model = mamba2()
-    arguments = {"activation_checkpointing": True, "activation_checkpointing_kwargs": MAGC}
+    arguments = {SWITCH: True, f"{SWITCH}_kwargs": MAGC}
     assert_same_training(train(model, tmp_path, **arguments), expected)
     assert wrapped(model).plan == Plan(layers=2, tokens=5)
 
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_disable. is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+@pytest.mark.parametrize("name", CHECKPOINTING)
 def test_switching_on_and_off(name: str) -> None:
     model = mamba2()
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"method": "magc", "budget": "1MiB"}})
     assert wrapped(model).grid.budget == 1 << 20
-    assert not model.is_activation_checkpointing
+    assert not getattr(model, f"is_{SWITCH}")
     getattr(model, f"{name}_disable")()
     assert find(model) is None
 
@@ -120,8 +121,8 @@ def test_other_methods_work_as_before() -> None:
     model, plain = mamba2(), mamba2()
     ids = batch()["input_ids"]
     plain(ids, labels=ids).loss.backward()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    assert model.is_activation_checkpointing
+    getattr(model, f"{SWITCH}_enable")(**{f"{SWITCH}_kwargs": {"use_reentrant": False}})
+    assert getattr(model, f"is_{SWITCH}")
     assert find(model) is None
     model(ids, labels=ids).loss.backward()
     assert_same_gradients(model, plain, 1e-6)
@@ -130,7 +131,7 @@ def test_other_methods_work_as_before() -> None:
 @pytest.mark.usefixtures("installed")
 def test_settings_of_the_other_method_are_refused() -> None:
     with pytest.raises(InputError, match="every_n_layers and offload"):
-        mamba2().activation_checkpointing_enable(activation_checkpointing_kwargs=MAGC, offload=True)
+        getattr(mamba2(), f"{SWITCH}_enable")(**{f"{SWITCH}_kwargs": MAGC}, offload=True)
 
 
 def test_installing_twice_and_undoing_it() -> None:
