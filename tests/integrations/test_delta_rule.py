@@ -74,9 +74,17 @@ def test_equals_the_recurrence(chunk_size: int) -> None:
 def test_equals_transformers_own() -> None:
     modeling = cast(Any, pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next"))
     given = inputs()
+    ratio = given[2].shape[2] // given[1].shape[2]
+    q, k = (heads.repeat_interleave(ratio, 2) for heads in given[:2])  # 5.17's function leaves that to who calls it
     with InDouble():
         expected = modeling.torch_chunk_gated_delta_rule(
-            *given[:5], chunk_size=4, initial_state=given[5], output_final_state=True, use_qk_l2norm_in_kernel=True
+            q,
+            k,
+            *given[2:5],
+            chunk_size=4,
+            initial_state=given[5],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
         )
     actual = gated_delta_rule(
         l2_normalised(given[0]),

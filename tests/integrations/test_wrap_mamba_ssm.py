@@ -17,6 +17,7 @@ from magc.integrations.mamba_ssm import mixer_layer
 from magc.integrations.wrap import find, unwrap, wrap, wrapped
 from magc.plan import PlanOrRule
 from tests.autotuning import take_smallest_candidates
+from tests.integrations.grouped_norm import norm_in_groups
 from tests.integrations.mamba_ssm_modules import Mamba, Mamba2, MambaLMHeadModel
 from tests.integrations.models import PLANS, VOCABULARY, assert_same, batch, labels_of, mamba, mamba2
 
@@ -25,6 +26,7 @@ def pair(kind: str) -> tuple[Any, Any]:
     """A model of transformers, and one of mamba-ssm's with its parameters."""
     theirs = (mamba2 if kind == "mamba2" else mamba)(tie_word_embeddings=True)
     if kind == "mamba2":
+        theirs = norm_in_groups(theirs)
         mixers: list[nn.Module] = [Mamba2(8, headdim=4, d_state=3, ngroups=2) for _ in range(3)]
     else:
         mixers = [Mamba(8, d_state=3, dt_rank=2) for _ in range(3)]

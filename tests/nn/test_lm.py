@@ -12,6 +12,7 @@ from torch.nn import functional
 from magc.errors import InputError, StateError
 from magc.nn import Mamba2Config, Mamba2LM
 from magc.nn.generation import sample
+from tests.integrations.grouped_norm import norm_in_groups
 from tests.kernels.compare import assert_close, gradients, packed_ids, randn, relative_error, splits
 from tests.nn.helpers import in_segments, perturbed, small_config, small_lm
 
@@ -173,7 +174,7 @@ def test_logits_and_gradients_equal_transformers() -> None:
         )
     )
     names = {name: name.replace("backbone.embedding.", "backbone.embeddings.") for name in model.state_dict()}
-    theirs.load_state_dict({names[name]: tensor for name, tensor in model.state_dict().items()})
+    norm_in_groups(theirs).load_state_dict({names[name]: tensor for name, tensor in model.state_dict().items()})
 
     ids = token_ids(0, 2, 21, 48)
     logits, _ = model(ids)
