@@ -31,7 +31,11 @@ def batches() -> Tensor:
 
 
 def adapted(family: str, **plan: Plan) -> Any:
-    """A model with adapters that do something; wrapped if a plan is given."""
+    """A model with adapters that do something, wrapped if a plan is given.
+
+    Its parameters are float64, for gradients of adapters are small differences of large numbers. Some of what transformers
+    computes is float32 nonetheless.
+    """
     model = FAMILIES[family]()
     if plan:
         wrap(model, **plan)
@@ -40,7 +44,7 @@ def adapted(family: str, **plan: Plan) -> Any:
     config = peft.LoraConfig(r=2, target_modules=targets, lora_dropout=0.0, init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
-        return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config).double()
 
 
 def adapters(model: Any) -> dict[str, Tensor]:
