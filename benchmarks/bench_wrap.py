@@ -16,9 +16,9 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import nn
 
 import magc
 from magc import GridCheckpoint
-from magc.bench.peak import MakesSums, measure_peak
+from magc.bench.peak import MakesSums, measure_peak, sums_made_by
 from magc.bench.work import is_out_of_memory
 from magc.integrations.torch_rnn import split_rnn
 from magc.integrations.wrap import find, unwrap, wrapped
@@ -91,7 +91,7 @@ def measure(
     """Peak over weights and gradients, and seconds, of a step.
 
     Args:
-        model: with no gradients.
+        model: with no gradients; wrapped, a grid, or neither.
         step: forward and backward.
         warm_up: what compiles, plans and sets up.
         effort: where.
@@ -100,8 +100,11 @@ def measure(
     parameters = list(model.parameters())
     seconds: list[float] = []
 
+    wrapping = find(model)
+    grid = model if wrapping is None else wrapping.grid
+
     def watched(makes_sums: MakesSums) -> None:
-        with _sums_made_by(model, makes_sums):
+        with sums_made_by(grid, makes_sums) if isinstance(grid, GridCheckpoint) else nullcontext():
             seconds.append(_timed(model, step, effort.device))
 
     # On a GPU the allocator counts and takes no time; on a CPU the meter slows the step down.
@@ -124,22 +127,6 @@ def _timed(model: nn.Module, step: Callable[[], None], device: torch.device) -> 
     step()
     _wait(device)
     return time.perf_counter() - start
-
-
-@contextmanager
-def _sums_made_by(model: nn.Module, makes_sums: MakesSums) -> Generator[None]:
-    """Let a grid, or that of a wrapped model, make its sums of gradients so; without effect on others."""
-    wrapping = find(model)
-    grid = model if wrapping is None else wrapping.grid
-    if not isinstance(grid, GridCheckpoint):
-        yield
-        return
-    request = grid._request
-    vars(grid)["_request"] = lambda *args, **kwargs: replace(request(*args, **kwargs), accumulator=makes_sums)
-    try:
-        yield
-    finally:
-        del vars(grid)["_request"]
 
 
 class MeanSquare(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.video_report import Row
 from benchmarks.video_setup import make_batch, model_config, random_frames
 from magc.accumulate import GradAccumulator
-from magc.bench.peak import MakesSums, Peak, idle_graph_bytes, measure_peak
+from magc.bench.peak import MakesSums, Peak, idle_graph_bytes, measure_peak, sums_made_by
 from magc.bench.work import Grid
 from magc.grid import Grid as Cells
 from magc.meter import MemoryMeter
@@ -246,13 +246,10 @@ class VideoBench:
         step = _Step()
 
         def passes(makes: MakesSums) -> None:
-            self._loss.grid.accumulator = makes
-            try:
+            with sums_made_by(self._loss.grid, makes):
                 start = _now(device)
                 step.loss = float(strategy.backward(batch, last=True)) / learnt
                 end = _now(device)
-            finally:
-                self._loss.grid.accumulator = GradAccumulator
             step.seconds |= {"forward": self._loss.forward_ended - start, "backward": end - self._loss.forward_ended}
 
         if metered:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from magc.accumulate import GradAccumulator
 from magc.distributed.fsdp import gathered
 from magc.errors import InputError, LayerContractError, PlanError
 from magc.function import apply_grid
@@ -59,6 +60,9 @@ class GridCheckpoint(nn.Module):
         plan_group: ranks of torch.distributed that use one plan, made for the smallest of their budgets and the longest of
             their sequences. Every training call then waits for the group's others; None lets each rank plan alone.
 
+    Attributes:
+        accumulator: what makes the sums of parameter gradients of each call; benchmarks set one that watches them.
+
     Raises:
         PlanError: neither plan nor budget given, or both.
         InputError: ``accumulate`` is no floating-point dtype, or there is no such runner.
@@ -98,6 +102,7 @@ class GridCheckpoint(nn.Module):
         self.seq_dim = seq_dim
         self.accumulate = accumulate
         self.check_finite = check_finite
+        self.accumulator: Callable[..., GradAccumulator] = GradAccumulator
         if plan_group is not None and plan is not None:
             raise PlanError("plan_group is for plans made from a budget, but a plan was given; leave one of them out")
         self._agreement = None if plan_group is None else _agreement(plan_group)
@@ -262,6 +267,7 @@ class GridCheckpoint(nn.Module):
             disk_dir=self.disk_dir,
             check_finite=self.check_finite,
         )
+        request = replace(request, accumulator=self.accumulator)
         require_runner(self.runner, request.device)
         if request.device.type != "cuda":
             return request

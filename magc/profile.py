@@ -81,7 +81,7 @@ def profile(
         for length in wanted:
             # Of one length alone nothing is known about another: what a stage keeps may be all state, or all activation.
             if len(samples) > 1 and (
-                time.perf_counter() - started + _seconds(samples, length) > PROFILE_SECONDS
+                time.perf_counter() - started + _seconds(samples, length, device) > PROFILE_SECONDS
                 or (limit_bytes is not None and _peak(samples, length) > limit_bytes)
             ):
                 break
@@ -105,8 +105,10 @@ def _peak(samples: dict[int, list[StageSample]], length: int) -> float:
     return sum(sample.kept_bytes + sample.backward_peak for sample in _expected(samples, length))
 
 
-def _seconds(samples: dict[int, list[StageSample]], length: int) -> float:
-    """Time that measuring a length would take, at least."""
+def _seconds(samples: dict[int, list[StageSample]], length: int, device: torch.device) -> float:
+    """Time that measuring a length would take, at least; on the meta device, where seconds are assumed, next to none."""
+    if device.type == "meta":
+        return 0.0
     return sum(
         _RUNS * sample.run_seconds + _RECORDS * sample.record_seconds + _BACKWARDS * sample.backward_seconds
         for sample in _expected(samples, length)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from magc.accumulate import GradAccumulator, LentSums
+from magc.checkpoint import GridCheckpoint
 from magc.meter import MemoryMeter
 
 MakesSums = Callable[..., GradAccumulator]
@@ -66,6 +67,16 @@ def measure_peak(
         watch.note()
     idle = idle_graph_bytes(device)
     return Peak(watch.over + idle, watch.gross + idle, watch.gradients, watch.delivered + idle)
+
+
+@contextmanager
+def sums_made_by(grid: GridCheckpoint, accumulator: MakesSums) -> Generator[None]:
+    """Let a grid's calls make their sums of gradients so, as the step of `measure_peak` is to."""
+    before, grid.accumulator = grid.accumulator, accumulator
+    try:
+        yield
+    finally:
+        grid.accumulator = before
 
 
 def idle_graph_bytes(device: torch.device) -> int:

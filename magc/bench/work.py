@@ -7,16 +7,15 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from magc.accumulate import GradAccumulator
 from magc.bench.cases import Case, config_of
 from magc.bench.choose import make_plan, without_gradients
-from magc.bench.peak import MakesSums, Peak, measure_peak
+from magc.bench.peak import MakesSums, Peak, measure_peak, sums_made_by
 from magc.bench.result import Result, Status
 from magc.checkpoint import GridCheckpoint
 from magc.cost import CostModel
@@ -27,7 +26,6 @@ from magc.nn import Mamba2LM
 from magc.pinned import PIECE_BYTES, PinnedBlock, PinnedPool
 from magc.plan import Plan
 from magc.profile import profile
-from magc.request import Request
 from magc.runners.choice import Runner
 from magc.sizes import Head, LastToken
 
@@ -83,19 +81,12 @@ class Grid(GridCheckpoint):
     Args:
         pools: pinned memory that other grids use too, for pinning takes longer than many a case.
         arguments: of the base class, with ``options``.
-
-    Attributes:
-        accumulator: what makes the sums of gradients of the next calls.
     """
 
     def __init__(self, *arguments: Any, pools: dict[torch.device, PinnedPool] | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.accumulator: MakesSums = GradAccumulator
         if pools is not None:
             self._pools = pools
-
-    def _request(self, *args: Any, **kwargs: Any) -> Request:
-        return replace(super()._request(*args, **kwargs), accumulator=self.accumulator)
 
     @property
     def pinned_bytes(self) -> int:
@@ -196,11 +187,8 @@ class Prepared:
         start = time.perf_counter()
 
         def step(accumulator: MakesSums) -> None:
-            self.grid.accumulator = accumulator
-            try:
+            with sums_made_by(self.grid, accumulator):
                 self.run()
-            finally:
-                self.grid.accumulator = GradAccumulator
 
         peak = measure_peak(step, list(self.model.parameters()), (self.ids, self.targets))
         return peak, time.perf_counter() - start
