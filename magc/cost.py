@@ -235,6 +235,17 @@ class CostModel:
         states = 4 * max(cell.state_bytes for cells in columns for cell in cells)
         return borders + states + sum(cell.grad_bytes_single for cell in columns[0])
 
+    def replay_bytes(self, columns: Iterable[Sequence[CellCost]]) -> int:
+        """What the memory that captured cells share has to hold: working memory, and boxes of what they make.
+
+        Args:
+            columns: as in `captured_bytes`.
+        """
+        cells = [cell for column in columns for cell in column]
+        work = max(max(cell.run_peak, cell.record_peak, cell.tape_bytes + cell.backward_peak) for cell in cells)
+        boxes = max(cell.input_bytes for cell in cells) + max(cell.output_bytes for cell in cells)
+        return work + boxes + 2 * max(cell.state_bytes for cell in cells)
+
     @staticmethod
     def apart_bytes(cell: CellCost) -> int:
         """What a captured cell takes that waits for its backward beside another: boxes and memory of its own, which stay."""

@@ -53,7 +53,9 @@ class Execution:
         self._ambient = Ambient.capture(request.device)
         self._runner: Runner[Any] = EagerRunner(request.stack, self._ambient)
         if request.graphs is not None:
-            request.graphs.prepare(request.stack, self._ambient, request.accumulate)
+            plan = schedule.plan
+            expected = 0 if plan.forecast is None else plan.forecast.replay_bytes(plan)
+            request.graphs.prepare(request.stack, self._ambient, request.accumulate, expected)
             self._runner = GraphRunner(request.graphs, self._runner)
         self._bounds = list(self._grid.layers.all_bounds())
         self._groups = [request.stack.group(start, stop) for start, stop in self._bounds]

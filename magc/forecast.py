@@ -60,6 +60,15 @@ class Forecast:
         """The plan's schedule."""
         return schedule_of(plan, self.costs, self.seq_len, self.lowest_layer)
 
+    def replay_bytes(self, plan: Plan) -> int:
+        """What the memory that captured cells share has to hold; 0 if none are captured."""
+        if not self.costs.captured:
+            return 0
+        grid = plan.grid(self.costs.n_layers, self.seq_len)
+        layers = list(grid.layers.all_bounds())
+        lengths = {grid.tokens.part_length(0), grid.tokens.part_length(grid.segments - 1)}
+        return self.costs.replay_bytes([self.costs.cell(*bounds, tokens) for bounds in layers] for tokens in lengths)
+
     def simulate(self, plan: Plan, *, timeline: bool = False) -> Simulation:
         """Carry the plan's schedule out on paper, action by action."""
         return simulate(self.schedule(plan), self.costs, timeline=timeline)

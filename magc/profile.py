@@ -39,7 +39,8 @@ META_FLOPS = 400e12
 META_LAUNCH_SECONDS = 1e-3
 """Seconds of host work per stage and pass assumed for the meta device."""
 PROFILE_SECONDS = 20.0
-"""No further segment length is measured once a profile took this long, nor one that is expected to take it there."""
+"""No segment length is measured that is expected to take the stages' own time beyond this. What is compiled at a first call
+takes as long at any length, so it does not count: to measure less would not save it."""
 _REPLAYS = 4
 _RUNS, _RECORDS, _BACKWARDS = 4, 4, 3
 """How often a stage is run, recorded and back-propagated at a length that takes long."""
@@ -76,18 +77,19 @@ def profile(
     stages = Chosen.of(stack)
     before = RngState.capture(device)
     samples: dict[int, list[StageSample]] = {}
-    started = time.perf_counter()
+    spent = 0.0
     try:
         for length in wanted:
             # Of one length alone nothing is known about another: what a stage keeps may be all state, or all activation.
             if len(samples) > 1 and (
-                time.perf_counter() - started + _seconds(samples, length, device) > PROFILE_SECONDS
+                spent + _seconds(_expected(samples, length), device) > PROFILE_SECONDS
                 or (limit_bytes is not None and _peak(samples, length) > limit_bytes)
             ):
                 break
             if progress is not None:
                 progress(f"measuring {len(stages.picked)} stages at {length} tokens")
             samples[length] = _Measurement(request, stack, stages.picked, length).samples()
+            spent += _seconds(samples[length], device)
         state_bytes = _Measurement(request, stack, stages.picked, wanted[0]).state_bytes
     finally:
         before.restore(device)
@@ -105,13 +107,13 @@ def _peak(samples: dict[int, list[StageSample]], length: int) -> float:
     return sum(sample.kept_bytes + sample.backward_peak for sample in _expected(samples, length))
 
 
-def _seconds(samples: dict[int, list[StageSample]], length: int, device: torch.device) -> float:
-    """Time that measuring a length would take, at least; on the meta device, where seconds are assumed, next to none."""
+def _seconds(row: Sequence[StageSample], device: torch.device) -> float:
+    """Time that measuring a length takes, at least; on the meta device, where seconds are assumed, next to none."""
     if device.type == "meta":
         return 0.0
     return sum(
         _RUNS * sample.run_seconds + _RECORDS * sample.record_seconds + _BACKWARDS * sample.backward_seconds
-        for sample in _expected(samples, length)
+        for sample in row
     )
 
 

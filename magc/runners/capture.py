@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -26,8 +27,13 @@ class Capturer(Protocol):
         """Memory for graphs that are never replayed between another's capture and its last replay."""
         ...
 
-    def capture(self, body: Callable[[], None], pool: object) -> Replay:
+    def capture(self, body: Callable[[], None], pool: object, reserve: int = 0) -> Replay:
         """Call `body` once without effect; the result repeats its effect.
+
+        Args:
+            body: what to capture.
+            pool: memory for it.
+            reserve: bytes that the pool is given first in one piece, if there are as many.
 
         Raises:
             CaptureError: that is not possible. The pool must not be used any more.
@@ -51,6 +57,12 @@ def _capture_stream(index: int) -> torch.cuda.Stream:
     return stream
 
 
+def _pieces_can_be_split() -> bool:
+    """Whether torch's allocator takes a tensor's memory from a larger piece, which an option of it limits."""
+    options = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return not any("max_split_size_mb" in option for option in options)
+
+
 class CudaCapturer:
     """Captures on one device.
 
@@ -65,14 +77,20 @@ class CudaCapturer:
         """A private pool of torch's allocator."""
         return torch.cuda.graph_pool_handle()
 
-    def capture(self, body: Callable[[], None], pool: object) -> Replay:
+    def capture(self, body: Callable[[], None], pool: object, reserve: int = 0) -> Replay:
         """See `Capturer.capture`."""
         stream = _capture_stream(torch.empty(0, device=self._device).device.index)
         # A graph cannot use what eager runs have left in the allocator's cache: its memory would come on top.
         torch.cuda.empty_cache()
+        if reserve > torch.cuda.mem_get_info(stream.device)[0] or not _pieces_can_be_split():
+            reserve = 0
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # pyright: ignore[reportArgumentType]
+                if reserve:
+                    # Let go of at once, it is where the pool's tensors will lie. A pool that grows tensor by tensor ends
+                    # with gaps of their many sizes.
+                    torch.empty(reserve, dtype=torch.uint8, device=stream.device)
                 body()
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, MagcError | torch.OutOfMemoryError):

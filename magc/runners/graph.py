@@ -57,14 +57,17 @@ class GraphCache:
         self.sums: dict[int, Tensor] = {}
         self.proxies: list[nn.Parameter] = []
         self.boxes = Boxes()
-        self.pool = self.capturer.new_pool()
+        self.renew_pool()
         self.shared_tape: _Pair | None = None
+        self._expected = 0
         self._params: tuple[nn.Parameter, ...] = ()
         self._dtype = torch.float32
         self._surroundings: object = None
 
-    def prepare(self, stack: Stack, ambient: Ambient, accumulate: torch.dtype) -> None:
+    def prepare(self, stack: Stack, ambient: Ambient, accumulate: torch.dtype, expected: int = 0) -> None:
         """Drop everything captured if it would not be the same function any more.
+
+        ``expected`` is how many bytes of shared memory its cells will need, 0 if that is not known.
 
         Graphs hold addresses: of parameters and buffers. They hold decisions too: training mode, autocast, deterministic
         algorithms, which parameters are frozen.
@@ -77,6 +80,7 @@ class GraphCache:
         ]
         calls = tuple(id(stage.call) for stage in stack.stages)
         now = (calls, stack.modes(), tuple(tensors), ambient, accumulate)
+        self._expected = expected
         if now != self._surroundings:
             self.clear()
             self._surroundings = now
@@ -91,7 +95,17 @@ class GraphCache:
         self.proxies = []
         self.boxes.clear()
         self.shared_tape = None
-        self.pool = self.capturer.new_pool()
+        self.renew_pool()
+
+    def capture(self, body: Callable[[], None], pool: object) -> Replay:
+        """Capture with memory of a pool; the first capture in the shared one finds what all of them need in one piece."""
+        reserve = self._expected if pool is self.pool and not self._reserved else 0
+        self._reserved |= pool is self.pool
+        return self.capturer.capture(body, pool, reserve)
+
+    def renew_pool(self) -> None:
+        """Capture in other memory from now on; graphs that are in the pool keep it for themselves."""
+        self.pool, self._reserved = self.capturer.new_pool(), False
 
     def start_backward(self) -> None:
         """Set all sums to zero."""
@@ -343,11 +357,11 @@ class GraphRunner:
             results[:] = [body()]
 
         try:
-            replay = self._cache.capturer.capture(captured, pool)
+            replay = self._cache.capture(captured, pool)
         except CaptureError as error:
             self._refuse(stages, str(error))
-            # The failed capture may still own the pool; graphs that are in it keep it for themselves.
-            self._cache.pool = self._cache.capturer.new_pool()
+            # The failed capture may still own the pool.
+            self._cache.renew_pool()
             return None
         return replay, results[0]
 

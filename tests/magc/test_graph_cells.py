@@ -39,12 +39,14 @@ class CallsAgain:
         self.cache: GraphCache | None = None
         self.captures = 0
         self.replays = 0
+        self.reserves: list[tuple[object, int]] = []
         self._refuse = refuse
 
     def new_pool(self) -> object:
         return object()
 
-    def capture(self, body: Callable[[], None], pool: object) -> Replay:
+    def capture(self, body: Callable[[], None], pool: object, reserve: int = 0) -> Replay:
+        self.reserves.append((pool, reserve))
         if self.captures == self._refuse:
             self._refuse = -1
             raise CaptureError("it may not")
@@ -239,6 +241,31 @@ def test_the_predicted_peak_counts_boxes(plan: Plan) -> None:
             graphed.zero_grad()
     assert predicted is not None
     assert meter.peak_bytes == pytest.approx(predicted.peak_bytes, rel=0.1)
+
+
+def test_shared_memory_is_given_in_one_piece_of_what_is_predicted() -> None:
+    """Once for each pool that cells share, before its first capture; without a prediction not at all."""
+    torch.manual_seed(0)
+    made: list[nn.Module] = [Mamba2Block(32, d_state=16, headdim=16, chunk_size=32) for _ in range(4)]
+    x = torch.randn(1, 512, 32, requires_grad=True)
+    plan = Plan(layers=2, tokens=64, keep=3)
+    for predicted in (False, True):
+        capturer = CallsAgain()
+        graphed = Graphed(made, plan, capturer)
+        if predicted:
+            graphed = Graphed(made, with_forecast(plan, profile(graphed._request(x, None, {}), [64]), 512), capturer)
+            capturer.reserves.clear()
+        forecast = graphed.plan_for(x).forecast
+        expected = 0 if forecast is None else forecast.replay_bytes(plan)
+        assert (expected > 0) == predicted
+        for _ in range(2):
+            graphed(x)[0][0].sum().backward()
+            graphed.zero_grad()
+        shared = [reserve for pool, reserve in capturer.reserves if pool is graphed.cache.pool]
+        assert shared[0] == expected
+        assert not any(shared[1:])
+        assert not any(reserve for pool, reserve in capturer.reserves if pool is not graphed.cache.pool)
+        graphed.release_graphs()
 
 
 def test_a_budget_holds_and_replays_are_timed() -> None:

@@ -165,14 +165,16 @@ def test_measuring_leaves_no_trace() -> None:
 
 
 class Slow(nn.Module):
-    """A layer that takes its time, by the token."""
+    """A layer that takes its time, by the token, and at each length's first call as long as a compiler does."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, compiles: float = 0.0) -> None:
         super().__init__()
         self.mix = nn.Linear(8, 8)
-        self.seconds, self.lengths = seconds, set[int]()
+        self.seconds, self.compiles, self.lengths = seconds, compiles, set[int]()
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if x.shape[1] not in self.lengths:
+            time.sleep(self.compiles)
         self.lengths.add(x.shape[1])
         time.sleep(self.seconds * x.shape[1])
         y = self.mix(x)
@@ -183,11 +185,11 @@ def test_lengths_that_would_take_too_long_are_not_measured(monkeypatch: pytest.M
     """The plan has longer segments, and is extrapolated from those that there is time for."""
     monkeypatch.setattr("magc.profile.PROFILE_SECONDS", 0.5)
     x = torch.randn(1, 4096, 8)
-    fast, slow = Slow(0.0), Slow(2e-4)
-    for layer in (fast, slow):
+    fast, compiled, slow = Slow(0.0), Slow(0.0, compiles=0.5), Slow(2e-4)
+    for layer in (fast, compiled, slow):
         made = magc.plan([layer], x, budget="1GiB")
         assert made.grid(1, 4096).tokens.part_length(0) > 1024
-    assert max(fast.lengths) == 4096
+    assert max(fast.lengths) == max(compiled.lengths) == 4096
     assert max(slow.lengths) < 1024
 
 
