@@ -11,7 +11,7 @@ Two ways in: gradients that autograd makes are added by `GradSink.add`; operator
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -122,17 +122,42 @@ class Proxy(nn.Parameter):
         return self.sink.total(self.place)
 
 
-def make_proxies(params: Sequence[nn.Parameter], sink: GradSink) -> list[nn.Parameter]:
-    """Leaves that share the parameters' memory and hand each gradient to the sink as soon as it is complete."""
-    proxies: list[nn.Parameter] = []
-    for index, param in enumerate(params):
-        proxy = Proxy(param.detach(), requires_grad=True)
+class Proxies(Sequence[nn.Parameter]):
+    """Leaves that share the parameters' memory and hand each gradient to the sink as soon as it is complete.
+
+    Each is made when it is first asked for: calls whose cells are replayed need none.
+
+    Args:
+        params: the parameters.
+        sink: what takes their gradients.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], sink: GradSink) -> None:
+        self._params, self._sink = params, sink
+        self._made: dict[int, nn.Parameter] = {}
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Parameter: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[nn.Parameter]: ...
+    def __getitem__(self, index: int | slice) -> nn.Parameter | list[nn.Parameter]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = range(len(self))[index]
+        if place not in self._made:
+            self._made[place] = self._make(place)
+        return self._made[place]
+
+    def _make(self, place: int) -> nn.Parameter:
+        proxy = Proxy(self._params[place].detach(), requires_grad=True)
         if isinstance(proxy, Proxy):  # pyright: ignore[reportUnnecessaryIsInstance]
             # Of a tensor subclass (DTensor) nn.Parameter makes one of that subclass: autograd makes its gradients.
-            proxy.sink, proxy.place = sink, index
-        proxy.register_post_accumulate_grad_hook(_hand_over(index, sink))  # pyright: ignore[reportUnknownMemberType]
-        proxies.append(proxy)
-    return proxies
+            proxy.sink, proxy.place = self._sink, place
+        proxy.register_post_accumulate_grad_hook(_hand_over(place, self._sink))  # pyright: ignore[reportUnknownMemberType]
+        return proxy
 
 
 def _hand_over(index: int, sink: GradSink):

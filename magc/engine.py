@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magc.accumulate import make_proxies
+from magc.accumulate import Proxies
 from magc.ambient import Ambient, RngState, RngTape, recomputing
 from magc.collect import GradInput, LossOutput, OutputCollector, TokenOutput
 from magc.errors import LayerContractError, RecomputeError
@@ -68,7 +68,7 @@ class Execution:
         self._accumulator = request.accumulator(
             request.stack.params, request.accumulate, self._single_use(), request.graphs
         )
-        self._proxies: list[nn.Parameter] | None = None
+        self._proxies: Sequence[nn.Parameter] | None = None
         self._borders: dict[tuple[int, int], Flat] = {}
         self._states: dict[tuple[int, int], tuple[Flat | None, ...]] = {}
         self._specs: dict[int, Flat] = {}
@@ -100,7 +100,7 @@ class Execution:
         request = self._request
         self._y = TokenOutput(self._grid, request.stack, request.inputs) if request.stack.head is None else LossOutput()
         if request.grad:
-            self._proxies = make_proxies(request.stack.params, self._accumulator)
+            self._proxies = Proxies(request.stack.params, self._accumulator)
         self._do(self._schedule.forward())
         states: list[Flat] = []
         for group in range(self._grid.groups):

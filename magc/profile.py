@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from magc.accumulate import make_proxies
+from magc.accumulate import Proxies
 from magc.alike import Chosen
 from magc.ambient import Ambient, RngState
 from magc.contract import call_layer
@@ -42,6 +42,9 @@ PROFILE_SECONDS = 20.0
 """No segment length is measured that is expected to take the stages' own time beyond this. What is compiled at a first call
 takes as long at any length, so it does not count: to measure less would not save it."""
 _REPLAYS = 4
+_LOADED_SECONDS = 0.1
+_MOST_REPLAYS = 100
+"""A GPU is timed under load that lasts: within tens of milliseconds its clock comes down by a tenth."""
 _RUNS, _RECORDS, _BACKWARDS = 4, 4, 3
 """How often a stage is run, recorded and back-propagated at a length that takes long."""
 
@@ -157,7 +160,7 @@ class _Measurement:
         self._ambient = Ambient.capture(request.device)
         self._runner = EagerRunner(stack, self._ambient)
         self._stack, self._accumulate, self._graphs = stack, request.accumulate, request.graphs
-        self._proxies = make_proxies(stack.params, _Discard(stack.params, request.accumulate))
+        self._proxies = Proxies(stack.params, _Discard(stack.params, request.accumulate))
         self._side: dict[str, PyTree] = {
             name: source.segment(0, tokens).tree() for name, source in request.side.items()
         }
@@ -336,11 +339,15 @@ class _Measurement:
 
         seconds: list[float] = []
         for replay in (run, record, both):
-            replay()
             with self._timed() as took:
-                for _ in range(_REPLAYS):
+                replay()
+            count = _REPLAYS
+            if self._device.type == "cuda":
+                count = min(_MOST_REPLAYS, max(_REPLAYS, math.ceil(_LOADED_SECONDS / took[0])))
+            with self._timed() as took:
+                for _ in range(count):
                     replay()
-            seconds.append(took[0] / _REPLAYS)
+            seconds.append(took[0] / count)
         return seconds[0], seconds[1], max(0.0, seconds[2] - seconds[1])
 
     @contextmanager

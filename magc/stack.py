@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,7 @@ class Stage:
         name: how errors name it.
         call: the callable.
         slots: where its trainable parameters live.
+        modules: of the callable, itself included; none if it is no module.
         stateless: a layer wrapped by `magc.stateless`.
         rounds_by_grad_mode: its forward may round differently with and without grad mode.
     """
@@ -49,14 +51,9 @@ class Stage:
     name: str
     call: Callable[..., Any]
     slots: tuple[ParamSlot, ...]
+    modules: tuple[nn.Module, ...] = ()
     stateless: bool = False
     rounds_by_grad_mode: bool = False
-
-    @property
-    def modules(self) -> Iterator[nn.Module]:
-        """The stage's modules, itself included."""
-        if isinstance(self.call, nn.Module):
-            yield from self.call.modules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +136,18 @@ def build_stack(
         if kind is StageKind.LAYER:
             _require_state_argument(name, call)
         slots: list[ParamSlot] = []
-        if isinstance(call, nn.Module):
-            for module in call.modules():
-                for key, param in module.named_parameters(recurse=False, remove_duplicate=False):
-                    if not param.requires_grad:
-                        continue
-                    if id(param) not in params:
-                        params[id(param)] = len(unique)
-                        unique.append(param)
-                    slots.append(ParamSlot(module, key, params[id(param)]))
+        modules = tuple(call.modules()) if isinstance(call, nn.Module) else ()
+        for module in modules:
+            # Not `named_parameters`: every call walks the stack, and over a deep one that would take milliseconds.
+            for key, param in vars(module)["_parameters"].items():
+                if param is None or not param.requires_grad:
+                    continue
+                if id(param) not in params:
+                    params[id(param)] = len(unique)
+                    unique.append(param)
+                slots.append(ParamSlot(module, key, params[id(param)]))
         label = f"{name} ({type(call).__name__})"
-        return Stage(kind, label, call, tuple(slots), is_stateless(call), _rounds_by_grad_mode(call))
+        return Stage(kind, label, call, tuple(slots), modules, is_stateless(call), _rounds_by_grad_mode(modules))
 
     return Stack(
         stem=None if stem is None else stage(StageKind.STEM, "stem", stem),
@@ -163,22 +161,39 @@ def build_stack(
 
 def _require_state_argument(name: str, call: Callable[..., Any]) -> None:
     """Refuse a layer that cannot be called as ``layer(x, state)``, as far as its signature can be read."""
+    function = call.forward if isinstance(call, nn.Module) else call
+    if inspect.ismethod(function):
+        refused = _refused_signature(
+            function.__func__, bound=True
+        )  # not of the method, which would keep the layer alive
+    else:
+        refused = _refused_signature.__wrapped__(function, bound=False)
+    if refused is not None:
+        raise LayerContractError(
+            f"{name} ({type(call).__name__}) takes {refused}, but a layer is called as layer(x, state) and returns "
+            f"(y, new_state). If it treats every token on its own, wrap it with magc.stateless(layer)"
+        )
+
+
+@lru_cache(256)
+def _refused_signature(function: Callable[..., Any], *, bound: bool) -> str | None:
+    """The signature of a function, or of a method without the object, that takes no x and state; None if it does."""
     try:
-        signature = inspect.signature(call.forward if isinstance(call, nn.Module) else call)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # scripted and built-in callables have none
+        return None  # scripted and built-in callables have none
+    parameters = list(signature.parameters.values())
+    if bound and parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+        signature = signature.replace(parameters=parameters[1:])
     try:
         signature.bind_partial(None, None)  # side inputs may be required keywords
     except TypeError:
-        raise LayerContractError(
-            f"{name} ({type(call).__name__}) takes {signature}, but a layer is called as layer(x, state) and returns "
-            f"(y, new_state). If it treats every token on its own, wrap it with magc.stateless(layer)"
-        ) from None
+        return str(signature)
+    return None
 
 
-def _rounds_by_grad_mode(call: object) -> bool:
+def _rounds_by_grad_mode(modules: Sequence[nn.Module]) -> bool:
     """Torch's fused RNNs pick another kernel for inference; a layer built on them may say so by this attribute."""
-    modules = call.modules() if isinstance(call, nn.Module) else ()
     return any(isinstance(module, nn.RNNBase) or getattr(module, "rounds_by_grad_mode", False) for module in modules)
 
 

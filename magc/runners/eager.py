@@ -110,7 +110,7 @@ class EagerRunner:
         )
         with torch.enable_grad(), swapped(stages, proxies):
             outputs = self._call(first, stages, leaves, output_needed=output_needed)
-        self._verify(stages, outputs, [*x, *(leaf for state in states for leaf in state), *proxies])
+        self._verify(stages, outputs, [*x, *(leaf for state in states for leaf in state)], proxies)
         return Tape(x, states, outputs)
 
     # ------------------------------------------------------------------ backward
@@ -127,19 +127,34 @@ class EagerRunner:
         ]
         tape.outputs = CellOutputs(tape.outputs.y.with_leaves([None] * len(tape.outputs.y.leaves)), ())
         del outputs, grads
-        if roots:
-            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
+        # What comes out as it went in (an nn.Identity for a stem) has no graph. Its gradient is complete, and from torch
+        # would come with a warning that it crosses streams in a capture.
+        inputs = {
+            id(leaf) for leaf in (*tape.x, *(leaf for state in tape.states for leaf in state)) if leaf is not None
+        }
+        made = [pair for pair in roots if id(pair[0]) not in inputs]
+        if made:
+            torch.autograd.backward([root for root, _ in made], [grad for _, grad in made])
+        for leaf, grad in roots:
+            if id(leaf) in inputs:
+                leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
         return CellGrads(
             tuple(_take_grad(leaf) for leaf in tape.x),
             tuple(tuple(_take_grad(leaf) for leaf in state) for state in tape.states),
         )
 
     # ------------------------------------------------------------------ the stages
-    def _verify(self, stages: Sequence[Stage], outputs: CellOutputs, known: Sequence[Tensor | None]) -> None:
+    def _verify(
+        self,
+        stages: Sequence[Stage],
+        outputs: CellOutputs,
+        leaves: Sequence[Tensor | None],
+        proxies: Sequence[nn.Parameter],
+    ) -> None:
         """Search the graph of these stages for unknown parameters, unless it was searched before."""
         names = {stage.name for stage in stages}
         if not names <= self._stack.memory.verified:
-            _refuse_unknown_leaves(stages, outputs, known)
+            _refuse_unknown_leaves(stages, outputs, [*leaves, *proxies])
             self._stack.memory.verified |= names
 
     def _call(
@@ -209,7 +224,7 @@ class EagerRunner:
             if cut is not None and in_grad_mode:
                 y = flatten("the output of the layers", x)
                 made = new_states[-1:] if stage.kind is StageKind.LAYER else []
-                self._verify((stage,), CellOutputs(y, tuple(made)), cut)
+                self._verify((stage,), CellOutputs(y, tuple(made)), (), cut)
                 x = y.map(Tensor.detach).tree()
                 new_states[len(new_states) - len(made) :] = [state.map(Tensor.detach) for state in made]
             _refuse_written_buffers(stage, watched)

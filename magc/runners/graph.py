@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magc.accumulate import make_proxies
+from magc.accumulate import Proxies
 from magc.ambient import Ambient
 from magc.runners.boxes import (
     Boxes,
@@ -55,7 +55,7 @@ class GraphCache:
         self.seen: set[object] = set()
         self.refused: dict[str, str] = {}
         self.sums: dict[int, Tensor] = {}
-        self.proxies: list[nn.Parameter] = []
+        self.proxies: Sequence[nn.Parameter] = ()
         self.boxes = Boxes()
         self.renew_pool()
         self.shared_tape: _Pair | None = None
@@ -86,13 +86,13 @@ class GraphCache:
             self._surroundings = now
             self._params, self._dtype = stack.params, accumulate
             # Not by a strong reference: Python does not find cycles through a tensor's hooks, so nothing would be freed.
-            self.proxies = make_proxies(stack.params, weakref.proxy(self))
+            self.proxies = Proxies(stack.params, weakref.proxy(self))
 
     def clear(self) -> None:
         """Let go of all graphs, their memory and the sums."""
         for held in (self.forwards, self.pairs, self.seen, self.sums, self.refused):
             held.clear()
-        self.proxies = []
+        self.proxies = ()
         self.boxes.clear()
         self.shared_tape = None
         self.renew_pool()

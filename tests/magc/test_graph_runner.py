@@ -211,6 +211,29 @@ def test_a_language_model_with_stem_head_and_packed_documents() -> None:
     assert_same(*results)
 
 
+class Squares(nn.Module):
+    """A head: the sum of squares."""
+
+    def forward(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return (y - targets).square().sum(), torch.full((), y.numel(), device=y.device)
+
+
+@needs_gpu
+def test_a_stem_that_returns_its_input() -> None:
+    """Its cell has no graph, and torch nothing to warn of."""
+    made = layers()
+    results: list[list[Tensor]] = []
+    for runner in ("eager", "cuda-graph"):
+        grid = GridCheckpoint(made, Plan(layers=2, tokens=8), runner=runner)
+        for _ in range(3):
+            x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)).cuda().requires_grad_()
+            torch.manual_seed(1)
+            loss = grid.loss(x, torch.zeros(2, 64, 1, device="cuda"), stem=nn.Identity(), head=Squares())
+            found = list(torch.autograd.grad(loss, [x, *grid.parameters()]))
+        results.append(found)
+    assert_same(*results)
+
+
 @needs_gpu
 def test_layers_of_a_torch_lstm() -> None:
     """Kernels of cuDNN, thousands for a cell, and weights that are put together anew in each."""
