@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from magc.pinned import PIECE_BYTES, PinnedBlock, PinnedPool
+from magc.pinned import PIECE_BYTES, PinnedBlock, PinnedPool, Uses
 from magc.rawbytes import Layout, allocated, laid_out, pieces
 
 Layouts = Sequence[Layout | None]
@@ -23,7 +23,7 @@ class PinnedTensors:
         self.layouts = layouts
         self._blocks = blocks
         self._pool = pool
-        self._uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+        self._uses: Uses = {}
 
     @classmethod
     def copy(cls, tensors: Sequence[Tensor | None], pool: PinnedPool) -> PinnedTensors:
@@ -71,7 +71,7 @@ class PinnedTensors:
 
     def host_pieces(self) -> Iterator[Tensor]:
         """The bytes, piece by piece, once all copies are over."""
-        for event in self._uses.values():
+        for _, event in self._uses.values():
             event.synchronize()
         sizes = (nbytes for layout in self.layouts for nbytes in _piece_sizes(layout))
         for block, nbytes in zip(self._blocks, sizes, strict=True):
@@ -89,7 +89,7 @@ class PinnedTensors:
         """
         back = self._pool.back
         back.wait_event(ready)
-        for stream, event in self._uses.items():
+        for stream, (_, event) in self._uses.items():
             if stream != back:
                 back.wait_event(event)
         blocks = iter(self._blocks)
@@ -108,10 +108,8 @@ class PinnedTensors:
         self._blocks = []
 
     def _mark_use(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(stream)
-        self._uses[stream] = event
-        return event
+        self._uses[stream] = self._pool.record_use(stream)
+        return self._uses[stream][1]
 
 
 def make_room(layouts: Layouts, device: torch.device) -> tuple[list[Tensor | None], list[Tensor]]:
