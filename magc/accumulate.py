@@ -30,13 +30,18 @@ class GradSink(Protocol):
 
 
 class LentSums(GradSink, Protocol):
-    """Sums that outlive one backward."""
+    """Sums that outlive one backward, and gradients that one cell makes."""
 
-    sums: dict[int, Tensor]
-    """Those that exist, by parameter."""
+    def start_backward(self, single: Sequence[bool]) -> None:
+        """Set sums to zero and forget gradients; ``single`` says of which parameters one cell makes it."""
+        ...
 
-    def start_backward(self) -> None:
-        """Set them to zero."""
+    def held(self, index: int) -> Tensor | None:
+        """Memory for the gradient of parameter ``index``, if there is any yet."""
+        ...
+
+    def result(self, index: int) -> Tensor | None:
+        """The gradient of parameter ``index``; None if none was made."""
         ...
 
 
@@ -72,7 +77,7 @@ class GradAccumulator:
     def start(self) -> None:
         """Call before the first gradient."""
         if self._lent is not None:
-            self._lent.start_backward()
+            self._lent.start_backward(self._single)
 
     def add(self, index: int, grad: Tensor) -> None:
         """Add a gradient."""
@@ -103,7 +108,7 @@ class GradAccumulator:
         delivered: list[Tensor | None] = []
         for index, dtype in enumerate(self._delivered):
             if self._lent is not None:
-                total = self._lent.sums.get(index)
+                total = self._lent.result(index)
                 delivered.append(None if total is None else total.to(dtype, copy=True))
                 continue
             total, self._sums[index] = self._sums[index], None

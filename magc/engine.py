@@ -51,23 +51,22 @@ class Execution:
         self._schedule = schedule
         self._grid = schedule.grid
         self._ambient = Ambient.capture(request.device)
+        self._bounds = list(self._grid.layers.all_bounds())
+        self._groups = [request.stack.group(start, stop) for start, stop in self._bounds]
+        single = self._single_use()
         self._runner: Runner[Any] = EagerRunner(request.stack, self._ambient)
         if request.graphs is not None:
             plan = schedule.plan
             expected = 0 if plan.forecast is None else plan.forecast.replay_bytes(plan)
-            request.graphs.prepare(request.stack, self._ambient, request.accumulate, expected)
+            request.graphs.prepare(request.stack, self._ambient, request.accumulate, single=single, expected=expected)
             self._runner = GraphRunner(request.graphs, self._runner)
-        self._bounds = list(self._grid.layers.all_bounds())
-        self._groups = [request.stack.group(start, stop) for start, stop in self._bounds]
         self._modes = request.stack.modes()
         self._watched = list(_unsaved(request)) if schedule.lowest < schedule.grid.groups else []
         self._rng = RngTape(request.device)
         self._rng_start = RngState.capture(request.device)
         self._store = CheckpointStore(request.device, request.disk_dir, pool=request.pool)
         self._initial = tuple(None if state is None else state.map(Tensor.detach) for state in request.states)
-        self._accumulator = request.accumulator(
-            request.stack.params, request.accumulate, self._single_use(), request.graphs
-        )
+        self._accumulator = request.accumulator(request.stack.params, request.accumulate, single, request.graphs)
         self._proxies: Sequence[nn.Parameter] | None = None
         self._borders: dict[tuple[int, int], Flat] = {}
         self._states: dict[tuple[int, int], tuple[Flat | None, ...]] = {}

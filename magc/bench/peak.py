@@ -132,7 +132,7 @@ class _WatchedSums(GradAccumulator):
         watch.gradients = sum(self._nbytes(index) for index in range(len(params)))
 
     def _nbytes(self, index: int) -> int:
-        held = self._sums[index] if self._lent is None else self._lent.sums.get(index)
+        held = self._sums[index] if self._lent is None else self._lent.held(index)
         return 0 if held is None else held.nbytes
 
     def add(self, index: int, grad: Tensor) -> None:

@@ -55,19 +55,36 @@ class GraphCache:
         self.seen: set[object] = set()
         self.refused: dict[str, str] = {}
         self.sums: dict[int, Tensor] = {}
+        self.whole: dict[int, Tensor] = {}
+        self.given: set[int] = set()
         self.proxies: Sequence[nn.Parameter] = ()
         self.boxes = Boxes()
         self.renew_pool()
         self.shared_tape: _Pair | None = None
         self._expected = 0
+        self._single: tuple[bool, ...] = ()
         self._params: tuple[nn.Parameter, ...] = ()
         self._dtype = torch.float32
         self._surroundings: object = None
 
-    def prepare(self, stack: Stack, ambient: Ambient, accumulate: torch.dtype, expected: int = 0) -> None:
+    def prepare(
+        self,
+        stack: Stack,
+        ambient: Ambient,
+        accumulate: torch.dtype,
+        *,
+        single: Sequence[bool] | None = None,
+        expected: int = 0,
+    ) -> None:
         """Drop everything captured if it would not be the same function any more.
 
-        ``expected`` is how many bytes of shared memory its cells will need, 0 if that is not known.
+        Args:
+            stack: that is about to run.
+            ambient: what it runs under.
+            accumulate: dtype of sums.
+            single: of each parameter, whether one cell alone makes its gradient, which then is in its own dtype; None for
+                none.
+            expected: bytes of shared memory that the cells will need, 0 if that is not known.
 
         Graphs hold addresses: of parameters and buffers. They hold decisions too: training mode, autocast, deterministic
         algorithms, which parameters are frozen.
@@ -81,6 +98,7 @@ class GraphCache:
         calls = tuple(id(stage.call) for stage in stack.stages)
         now = (calls, stack.modes(), tuple(tensors), ambient, accumulate)
         self._expected = expected
+        self._single = (False,) * len(stack.params) if single is None else tuple(single)
         if now != self._surroundings:
             self.clear()
             self._surroundings = now
@@ -90,7 +108,7 @@ class GraphCache:
 
     def clear(self) -> None:
         """Let go of all graphs, their memory and the sums."""
-        for held in (self.forwards, self.pairs, self.seen, self.sums, self.refused):
+        for held in (self.forwards, self.pairs, self.seen, self.sums, self.whole, self.given, self.refused):
             held.clear()
         self.proxies = ()
         self.boxes.clear()
@@ -107,23 +125,54 @@ class GraphCache:
         """Capture in other memory from now on; graphs that are in the pool keep it for themselves."""
         self.pool, self._reserved = self.capturer.new_pool(), False
 
-    def start_backward(self) -> None:
-        """Set all sums to zero."""
-        for total in self.sums.values():
-            total.zero_()
+    def single_of(self, stages: Sequence[Stage]) -> frozenset[int]:
+        """The stages' parameters of which one cell alone makes the gradient."""
+        return frozenset(slot.index for stage in stages for slot in stage.slots if self._single[slot.index])
 
-    # What proxies need (`magc.accumulate.GradSink`).
+    # What proxies and the accumulator need (`magc.accumulate.LentSums`).
+    def start_backward(self, single: Sequence[bool]) -> None:
+        """Set the sums to zero and forget the gradients that cells made.
+
+        ``single`` is as in `prepare`, which a call of another plan may have called since.
+        """
+        self._single = tuple(single)
+        self.given.clear()
+        for index, total in self.sums.items():
+            if not self._single[index]:
+                total.zero_()
+
     def add(self, index: int, grad: Tensor) -> None:
-        """Add a gradient that autograd made."""
-        self.total(index).add_(grad)
+        """Take a gradient that autograd made."""
+        room = self.room(index)
+        if self._single[index]:
+            room.copy_(grad)
+            self.given.add(index)
+        else:
+            room.add_(grad)
 
-    def total(self, index: int) -> Tensor:
-        """The sum of a parameter's gradients; stays where it is as long as the graphs do."""
-        if index not in self.sums:
+    def total(self, index: int) -> Tensor | None:
+        """The sum of a parameter's gradients; None if one cell alone makes it."""
+        return None if self._single[index] else self.room(index)
+
+    def held(self, index: int) -> Tensor | None:
+        """Memory for a parameter's gradient, if there is any yet."""
+        return (self.whole if self._single[index] else self.sums).get(index)
+
+    def result(self, index: int) -> Tensor | None:
+        """A parameter's gradient; None if none was made."""
+        return None if self._single[index] and index not in self.given else self.held(index)
+
+    def room(self, index: int) -> Tensor:
+        """Memory for a parameter's gradient; stays where it is as long as the graphs do."""
+        held = self.held(index)
+        if held is None:
             param = self._params[index]
-            dtype = torch.promote_types(param.dtype, self._dtype)
-            self.sums[index] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-        return self.sums[index]
+            if self._single[index]:
+                held = self.whole[index] = torch.empty_like(param, requires_grad=False)
+            else:
+                dtype = torch.promote_types(param.dtype, self._dtype)
+                held = self.sums[index] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        return held
 
     def replays(self) -> tuple[Replay, Replay, Replay] | None:
         """Run, record and backward of the cell that was captured first, to be timed; None if none was."""
@@ -153,6 +202,7 @@ class _Pair:
         outputs: boxes; what is of no use is not in them.
         grad_y, grad_states: boxes for the gradients to back-propagate.
         grads: boxes with what comes of it.
+        given: parameters of which it makes the gradient alone.
         shared: its memory is that of all graphs in the cache, so nothing else may be replayed between the two.
         busy: a recorded cell waits for its backward.
     """
@@ -164,6 +214,7 @@ class _Pair:
     grad_y: Grads
     grad_states: tuple[Grads, ...]
     grads: CellGrads
+    given: frozenset[int]
     shared: bool
     busy: bool = False
 
@@ -242,7 +293,7 @@ class GraphRunner:
     ) -> GraphTape:
         """As `EagerRunner.record`, bit for bit; the outputs are left out where they are not needed."""
         cache = self._cache
-        key = ("record", first, len(stages), signature(inputs), needs, output_needed)
+        key = ("record", first, len(stages), signature(inputs), needs, output_needed, cache.single_of(stages))
         is_new = self._is_new(key)
         pair = None
         if not is_new and not self._is_refused(stages):
@@ -273,6 +324,7 @@ class GraphRunner:
         for boxes, grads in zip(pair.grad_states, grad_states, strict=True):
             copy_into(boxes, grads)
         pair.backward()
+        self._cache.given |= pair.given
         grads = copied_grads(pair.grads)
         if tape.release is not None:
             tape.release()
@@ -320,7 +372,7 @@ class GraphRunner:
             if not pair.busy and pair.shared == shared:
                 return pair
         for index in {slot.index for stage in stages for slot in stage.slots}:
-            cache.total(index)  # made now: what is made in a capture lies in the graph's memory
+            cache.room(index)  # made now: what is made in a capture lies in the graph's memory
         # What the backward reads must lie still until then, whatever runs in between. A box made in a capture lies in that
         # graph's memory, it may be where a tape was: only graphs that never run between a record and its backward, those
         # that share the memory, may share boxes.
@@ -342,10 +394,12 @@ class GraphRunner:
         def backward() -> CellGrads:
             return held.take_grads(self._eager.backward(tapes.pop(), grad_y, grad_states))
 
+        before, cache.given = cache.given, set()
         replayed = self._capture(stages, pool, backward)
+        given, cache.given = frozenset(cache.given), before
         if replayed is None:
             return None
-        pair = _Pair(recorded[0], replayed[0], boxes, recorded[1], grad_y, grad_states, replayed[1], shared)
+        pair = _Pair(recorded[0], replayed[0], boxes, recorded[1], grad_y, grad_states, replayed[1], given, shared)
         pairs.append(pair)
         return pair
 

@@ -224,6 +224,55 @@ def test_two_forwards_before_their_backwards_do_not_disturb_each_other() -> None
         assert_same(*results)
 
 
+class Sometimes(Noisy):
+    """Uses its first parameter or its second, as it is told."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.other = nn.Linear(features, features)
+        self.chosen = 0
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (self.mix, self.other)[self.chosen](x), torch.zeros_like(x[:, 0])
+
+
+def test_what_one_cell_makes_alone_is_no_sum() -> None:
+    """In the parameter's own type, whichever plan was last captured or is under way; None where there is no gradient."""
+    torch.manual_seed(0)
+    made: list[nn.Module] = [
+        Mamba2Block(32, d_state=16, headdim=16, chunk_size=16, dtype=torch.bfloat16) for _ in range(4)
+    ]
+    capturer = CallsAgain()
+    grids = (GridCheckpoint(made, Plan(layers=2, tokens=64)), Graphed(made, Plan(layers=2, tokens=64), capturer))
+    inputs = [torch.randn(1, length, 32, dtype=torch.bfloat16) for length in (64, 192, 64, 192)]
+
+    def gradients_of(grid: GridCheckpoint) -> list[Tensor]:
+        losses = [sum(leaf.float().sum() for leaf in grid(x)[0]) for x in inputs]
+        params = list(grid.parameters())
+        return [g for loss in (losses[1], losses[0], *losses[2:]) for g in torch.autograd.grad(loss, params)]
+
+    for _ in range(3):
+        assert_same(*(gradients_of(grid) for grid in grids))
+    cache = grids[1].cache
+    assert {held.dtype for held in cache.whole.values()} >= {torch.bfloat16}
+    assert {held.dtype for held in cache.sums.values()} == {torch.float32}
+    assert len(cache.whole) == len(cache.sums) == len(list(grids[1].parameters()))
+
+
+def test_a_parameter_that_is_not_used_this_time_has_no_gradient() -> None:
+    torch.manual_seed(0)
+    layer = Sometimes(16)
+    # The capture is refused, as it is where a layer decides on the host: cells run eagerly on the graphs' memory.
+    graphed = Graphed([layer, Noisy(16)], Plan(layers=2, tokens=64), CallsAgain(0))
+    for call in range(4):
+        layer.chosen = call % 2
+        graphed.zero_grad()
+        graphed(torch.randn(2, 64, 16))[0].sum().backward()
+        used, unused = (layer.mix, layer.other)[:: 1 if layer.chosen == 0 else -1]
+        assert used.weight.grad is not None
+        assert unused.weight.grad is None
+
+
 @pytest.mark.parametrize("plan", [Plan(layers=2, tokens=64), Plan(tokens=128), Plan(layers=1, tokens=64, keep=3)])
 def test_the_predicted_peak_counts_boxes(plan: Plan) -> None:
     torch.manual_seed(0)
