@@ -115,11 +115,21 @@ class GraphCache:
         self.shared_tape = None
         self.renew_pool()
 
-    def capture(self, body: Callable[[], None], pool: object) -> Replay:
-        """Capture with memory of a pool; the first capture in the shared one finds what all of them need in one piece."""
-        reserve = self._expected if pool is self.pool and not self._reserved else 0
-        self._reserved |= pool is self.pool
-        return self.capturer.capture(body, pool, reserve)
+    def take_reserve(self) -> int:
+        """Bytes to begin the shared memory with at the first pair of graphs in it, the largest that it will hold; else 0.
+
+        What runs cells was captured before and lies in memory of its own, which is let go: it is captured anew. Begun any
+        earlier, all that memory would lie idle beside the first pair's eager run.
+        """
+        if self._reserved or not self._expected:
+            return 0
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.forwards.clear()
+        self.boxes.clear()
+        self.renew_pool()
+        self._reserved = True
+        return self._expected
 
     def renew_pool(self) -> None:
         """Capture in other memory from now on; graphs that are in the pool keep it for themselves."""
@@ -371,6 +381,7 @@ class GraphRunner:
         for pair in pairs:
             if not pair.busy and pair.shared == shared:
                 return pair
+        reserve = cache.take_reserve() if shared else 0
         for index in {slot.index for stage in stages for slot in stage.slots}:
             cache.room(index)  # made now: what is made in a capture lies in the graph's memory
         # What the backward reads must lie still until then, whatever runs in between. A box made in a capture lies in that
@@ -386,7 +397,7 @@ class GraphRunner:
             tapes[:] = [tape]
             return held.take_outputs(tape.outputs) if output_needed else _NOTHING
 
-        recorded = self._capture(stages, pool, record)
+        recorded = self._capture(stages, pool, record, reserve)
         if recorded is None:
             return None
         grad_y, grad_states = held.gradients(tapes[0].outputs)
@@ -403,7 +414,9 @@ class GraphRunner:
         pairs.append(pair)
         return pair
 
-    def _capture(self, stages: Sequence[Stage], pool: object, body: Callable[[], Any]) -> tuple[Replay, Any] | None:
+    def _capture(
+        self, stages: Sequence[Stage], pool: object, body: Callable[[], Any], reserve: int = 0
+    ) -> tuple[Replay, Any] | None:
         """Capture `body`; its replay and result. None, with the reason noted, if it does what a graph cannot hold."""
         results: list[Any] = []
 
@@ -411,7 +424,7 @@ class GraphRunner:
             results[:] = [body()]
 
         try:
-            replay = self._cache.capture(captured, pool)
+            replay = self._cache.capturer.capture(captured, pool, reserve)
         except CaptureError as error:
             self._refuse(stages, str(error))
             # The failed capture may still own the pool.
