@@ -20,6 +20,7 @@ from magc.runners.choice import Runner, require_runner
 from magc.runners.graph import GraphCache
 from magc.stack import StackMemory, build_stack
 from magc.tree import Flat, PyTree
+from magc.uncompiled import uncompiled
 from magc.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class GridCheckpoint(nn.Module):
         """Copies and pickles start afresh."""
         return {**self.__dict__, "_memories": {}, "_plans": {}, "_pools": {}, "_graphs": {}}
 
+    @uncompiled
     def forward(
         self, x: PyTree, state: Sequence[PyTree] | None = None, **side: PyTree
     ) -> tuple[PyTree, tuple[PyTree, ...]]:
@@ -180,6 +182,7 @@ class GridCheckpoint(nn.Module):
         loss, _ = self.loss_and_state(inputs, targets, head=head, stem=stem, state=state, reduction=reduction, **side)
         return loss
 
+    @uncompiled
     def loss_and_state(
         self,
         inputs: PyTree,

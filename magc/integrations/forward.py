@@ -24,6 +24,7 @@ from magc.planning import with_notes
 from magc.report import paragraph
 from magc.request import Request
 from magc.runners.choice import Runner
+from magc.uncompiled import uncompiled
 from magc.units import format_bytes
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class GridForward:
     Args:
         module: the module whose forward this becomes.
         bypassed: modules whose own forward the grid does not call, by name: hooks on them would not run.
+        parts: modules of ``module`` that the grid has taken over, by their paths in it: others in their places would be
+            bypassed. Of a list it is the path of the list, and its members count.
 
     Attributes:
         wrapping: what `wrap` did, once it is done.
@@ -88,9 +91,14 @@ class GridForward:
 
     # An object rather than a bound method: a copy or a pickle of the module copies it, with the grid it runs on.
 
-    def __init__(self, module: nn.Module, bypassed: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, module: nn.Module, bypassed: dict[str, nn.Module], parts: dict[str, nn.Module] | None = None
+    ) -> None:
         self.module = module
         self.bypassed = bypassed
+        self.parts = {
+            path: tuple(part) if isinstance(part, nn.ModuleList) else part for path, part in (parts or {}).items()
+        }
         self.wrapping: Wrapped | None = None
         self.__func__ = Unbound(self)
 
@@ -104,12 +112,13 @@ class GridForward:
         """That of the module's own forward."""
         return inspect.signature(self.own)
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the grid what trains, and everything else as before."""
         if torch.is_grad_enabled():
             call = self.bind(args, kwargs)
             if self.takes(call):
-                self._refuse_hooks()
+                self.require_as_wrapped()
                 return self.run(call)
         return self.own(*args, **kwargs)
 
@@ -142,14 +151,53 @@ class GridForward:
         """Whether a hook on a bypassed module would be missed; what FSDP's do, the grid does for its layers."""
         return not is_fsdp_hook(hook)
 
+    def require_as_wrapped(self) -> None:
+        """Refuse a call that would not do what the modules say now.
+
+        Raises:
+            LayerContractError: a part was replaced since `wrap`, or has hooks, or was compiled, that would not run.
+        """
+        self.require_parts()
+        self._refuse_hooks()
+
+    def require_parts(self) -> None:
+        """Refuse parts that were replaced since `wrap`.
+
+        Raises:
+            LayerContractError: naming the first.
+        """
+        for path, part in self.parts.items():
+            now = _part(self.module, path)
+            if now is part or (isinstance(part, tuple) and isinstance(now, nn.ModuleList) and tuple(now) == part):
+                continue
+            raise LayerContractError(
+                f"{path} of this {type(self.module).__name__} was replaced after magc.wrap (by peft's modules_to_save, for "
+                f"instance), and the grid still has the one before. Wrap again, magc.wrap(model, ...) on the same "
+                f"{type(self.module if self.wrapping is None else self.wrapping.model).__name__}, when all is in place"
+            )
+
     def _refuse_hooks(self) -> None:
         for name, module in self.bypassed.items():
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                raise LayerContractError(
+                    f"{name} ({type(module).__name__}) was compiled, which would not count in the grid: it computes with the "
+                    f"module's parameters. Compile the grid's layers: for layer in magc.wrapped(model).grid.layers: "
+                    f"layer.compile()"
+                )
             if self.hooked(module):
                 raise LayerContractError(
                     f"{name} ({type(module).__name__}) has hooks, which would not run in the grid: it computes with the "
                     f"module's parameters. Remove them, or register them on a projection inside (in_proj, out_proj), "
                     f"which is called as a module"
                 )
+
+
+def _part(module: nn.Module, path: str) -> object:
+    """What is at a path in a module, None if nothing is."""
+    found: object = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 class Unbound:

@@ -25,6 +25,7 @@ from magc.nn.mamba import Mamba
 from magc.nn.mamba2 import Mamba2
 from magc.nn.mamba3 import Mamba3
 from magc.nn.operators import Impl, operators
+from magc.uncompiled import uncompiled
 
 Stream = Tensor | tuple[Tensor, Tensor]
 """The last mixer's output and the residual before it, each `(batch, length, hidden)`; a bare tensor before the first."""
@@ -190,8 +191,10 @@ class BlockLayer(nn.Module):
 class TrunkForward(GridForward):
     """The forward of a `MixerModel`: ids to the last hidden state."""
 
-    def __init__(self, trunk: Any, grid: ModelGrid, bypassed: dict[str, nn.Module]) -> None:
-        super().__init__(trunk, bypassed)
+    def __init__(
+        self, trunk: Any, grid: ModelGrid, bypassed: dict[str, nn.Module], parts: dict[str, nn.Module]
+    ) -> None:
+        super().__init__(trunk, bypassed, parts)
         self.grid = grid
 
     def takes(self, call: dict[str, Any]) -> bool:
@@ -223,19 +226,25 @@ class LMForward(GridForward):
     """The forward of a `MambaLMHeadModel`, which may be given ``labels`` too."""
 
     def __init__(self, model: Any, trunk: TrunkForward, loss: Loss) -> None:
-        super().__init__(model, {"backbone": trunk.module, **trunk.bypassed})
+        super().__init__(model, {"backbone": trunk.module, **trunk.bypassed}, {"backbone": trunk.module})
         self.trunk = trunk
         self.stem = Stem(model.backbone.embedding)
         self.head = Head(model.lm_head, loss)
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """See `GridForward`; a loss is always computed on the grid, since mamba-ssm knows none."""
         if "labels" in kwargs:
             call = self.bind(args, kwargs)
             self.takes(call)
-            self._refuse_hooks()
+            self.require_as_wrapped()
             return self.run(call)
         return super().__call__(*args, **kwargs)
+
+    def require_parts(self) -> None:
+        """See `GridForward.require_parts`; those of the trunk too, whose own forward may not be called."""
+        super().require_parts()
+        self.trunk.require_parts()
 
     def takes(self, call: dict[str, Any]) -> bool:
         """Whether a loss is asked for.
@@ -278,13 +287,17 @@ def adapt(model: Any, settings: Settings) -> Adapted:
         for index, block in enumerate(trunk.layers)
     ]
     bypassed: dict[str, nn.Module] = {"norm_f": trunk.norm_f}
+    parts: dict[str, nn.Module] = {"norm_f": trunk.norm_f, "layers": trunk.layers}
     for index, block in enumerate(trunk.layers):
         bypassed |= {f"layers.{index}": block, f"layers.{index}.norm": block.norm}
         bypassed |= {f"layers.{index}.mixer": block.mixer}
+        parts |= {f"layers.{index}.norm": block.norm, f"layers.{index}.mixer": block.mixer}
+        if getattr(block, "norm2", None) is not None:
+            parts[f"layers.{index}.norm2"] = block.norm2
         inside = {name: getattr(block.mixer, name, None) for name in ("conv1d", *_NORMS)}
         bypassed |= {f"layers.{index}.mixer.{name}": part for name, part in inside.items() if part is not None}
     grid = settings.grid(layers)
-    forward = TrunkForward(trunk, grid, bypassed)
+    forward = TrunkForward(trunk, grid, bypassed, parts)
     notes = [
         "mixers and norms run as magc's layers with mamba-ssm's own parameters; projections and MLPs are its modules"
     ]

@@ -89,8 +89,12 @@ def adapter_of(model: nn.Module) -> Adapter:
         return cast(Adapter, importlib.import_module(adapter).adapt) if isinstance(adapter, str) else adapter
     inside = [f"model.{name}" for name, part in _parts(model) if name and _path(type(part)) in _ADAPTERS]
     remedy = f"magc.wrap({inside[0]}, ...) wraps the part of it that is known" if inside else _UNKNOWN
+    if type(model).__module__.startswith("fla.layers"):
+        remedy = "magc.integrations.fla.FLALayer(layer) makes a layer for magc.GridCheckpoint of it"
+    if type(model).__module__.startswith("mamba_ssm.modules"):
+        remedy = "magc.integrations.mamba_ssm.mixer_layer(mixer) makes a layer for magc.GridCheckpoint of it"
     names = ", ".join(path.rpartition(".")[2] for path in supported())
-    raise InputError(f"magc.wrap does not know {_path(type(model))}; it takes {names}. {remedy}")
+    raise InputError(f"magc.wrap does not know {_path(type(model))}. {remedy}. It takes {names}")
 
 
 def _refuse_bidirectional(model: nn.Module) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from magc.errors import InputError
+from magc.errors import InputError, LayerContractError
 from magc.integrations.forward import Adapted, GridForward, ModelGrid, Settings
 from magc.integrations.torch_rnn import RNNLayer, RNNState, from_torch_state, split_rnn, to_torch_state
 
@@ -19,7 +20,7 @@ class RNNForward(GridForward):
         self.grid = grid
 
     def takes(self, call: dict[str, Any]) -> bool:
-        """Whether the input is a batch.
+        """Whether the input is a tensor.
 
         Raises:
             InputError: it is packed.
@@ -30,24 +31,42 @@ class RNNForward(GridForward):
                 f"tokens cannot be cut into segments. Pass a padded tensor (torch.nn.utils.rnn.pad_packed_sequence), "
                 f"or magc.unwrap(module)"
             )
-        return call["input"].dim() == 3
+        return call["input"].dim() in (2, 3)  # torch says what is wrong with others
 
     def run(self, call: dict[str, Any]) -> Any:
-        """The output and the final state, as torch gives them."""
+        """The output and the final state, as torch gives them; of one sequence without a batch axis too."""
         module = cast(nn.RNNBase, self.module)
         self._follow(module)
-        y, final = self.grid(call["input"], from_torch_state(module, call.get("hx")))
-        return y, to_torch_state(cast("tuple[RNNState, ...]", final))
+        x, hx = call["input"], call.get("hx")
+        if x.dim() == 3:
+            y, final = self.grid(x, from_torch_state(module, hx))
+            return y, to_torch_state(cast("tuple[RNNState, ...]", final))
+        axis = 0 if module.batch_first else 1
+        y, final = self.grid(x.unsqueeze(axis), from_torch_state(module, _each(hx, lambda h: h.unsqueeze(1))))
+        return y.squeeze(axis), _each(to_torch_state(cast("tuple[RNNState, ...]", final)), lambda h: h.squeeze(1))
 
     def _follow(self, module: nn.RNNBase) -> None:
         """Take over what was replaced in the module since: parameters, the training mode."""
         for index, layer in enumerate(self.grid.layers):
             for name, held in [*layer.named_parameters(recurse=False)]:
-                now: nn.Parameter = getattr(module, f"{name}_l{index}")
+                now: object = getattr(module, f"{name}_l{index}")
+                if not isinstance(now, nn.Parameter):
+                    raise LayerContractError(
+                        f"{name}_l{index} of this {type(module).__name__} is no parameter any more but is computed or handed in "
+                        f"(weight norm, pruning, torch.func.functional_call), and its gradient would be lost. Undo that, or "
+                        f"magc.unwrap(module)"
+                    )
                 if now is not held:
                     layer.register_parameter(name, now)
             if layer.training != module.training:
                 layer.train(module.training)
+
+
+def _each(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A state, one tensor or two, changed; None stays."""
+    if isinstance(state, tuple):
+        return tuple(change(part) for part in cast("tuple[Tensor, ...]", state))
+    return None if state is None else change(state)
 
 
 def adapt(module: nn.RNNBase, settings: Settings) -> Adapted:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from magc.errors import LayerContractError
 from magc.nn import segments
 from magc.nn.linear import Linear
 from magc.nn.mamba2_values import Mamba2State
@@ -34,6 +35,20 @@ def hooks_of(module: nn.Module) -> list[object]:
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module would run hooks of its own."""
     return any(vars(module).get(hooks) for hooks in _HOOKS)
+
+
+def taps_of(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight `(channels, width)` and bias of a depthwise convolution, which operators take in place of the module.
+
+    Raises:
+        LayerContractError: it is something else (LoRA around a convolution, say), of which this would be a part only.
+    """
+    if not isinstance(conv, nn.Conv1d):
+        raise LayerContractError(
+            f"conv1d is a {type(conv).__name__}, of which the operators would take the weight and nothing else. Leave it an "
+            f"nn.Conv1d: LoRA belongs on the projections (in_proj, x_proj, dt_proj, out_proj)"
+        )
+    return conv.weight.squeeze(1), conv.bias
 
 
 def is_plain(*modules: nn.Module | None) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from magc.errors import InputError
 from magc.nn import segments
 from magc.nn.carried import CarriesState, StateParts
+from magc.nn.fused import is_plain, taps_of
 from magc.nn.linear import Linear
 from magc.nn.operators import Choice, Impl, Operators, check_impl, choose, operators
 from magc_kernels._packing import keep_if
@@ -175,15 +176,14 @@ class Mamba(CarriesState[MambaState]):
         conv_options, scan_options = self._launch_options(run, x_BLE.dtype)
         x_BLE, conv_state = run.causal_conv1d(
             x_BLE,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            *taps_of(self.conv1d),
             activation="silu",
             initial_state=None if state is None else state.conv,
             seq_idx=seq_idx,
             prev_seq_idx=prev_seq_idx,
             **conv_options,
         )
-        dt_BLE, B_BLN, C_BLN = self._projections(x_BLE)
+        dt_BLE, dt_bias, B_BLN, C_BLN = self._projections(x_BLE)
         y_BLE, ssm_state = run.selective_scan(
             x_BLE,
             dt_BLE,
@@ -192,7 +192,7 @@ class Mamba(CarriesState[MambaState]):
             C_BLN.unsqueeze(2),
             D=self.D,
             z=z_BLE,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=dt_bias,
             dt_softplus=True,
             initial_state=None if state is None else state.ssm,
             seq_idx=seq_idx,
@@ -211,9 +211,9 @@ class Mamba(CarriesState[MambaState]):
             same_document = seq_idx[:, 0] == state.seq_idx
             conv_state, ssm_state = keep_if(same_document, conv_state), keep_if(same_document, ssm_state)
         x_BE, conv_state = run.causal_conv1d_step(
-            x_BLE.squeeze(1), self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, activation="silu"
+            x_BLE.squeeze(1), *taps_of(self.conv1d), conv_state, activation="silu"
         )
-        dt_BE, B_BN, C_BN = self._projections(x_BE)
+        dt_BE, dt_bias, B_BN, C_BN = self._projections(x_BE)
         y_BE, ssm_state = run.selective_scan_step(
             x_BE,
             dt_BE,
@@ -223,7 +223,7 @@ class Mamba(CarriesState[MambaState]):
             ssm_state,
             D=self.D,
             z=z_BLE.squeeze(1),
-            dt_bias=self.dt_proj.bias,
+            dt_bias=dt_bias,
             dt_softplus=True,
         )
         return y_BE.unsqueeze(1), MambaState(conv_state, ssm_state, segments.last_document(seq_idx))
@@ -238,10 +238,12 @@ class Mamba(CarriesState[MambaState]):
         scan = self.configs.selective_scan.get(SelectiveScanShape(dtype, self.d_state))
         return {"config": conv}, {"config": scan}
 
-    def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps before their bias, which the scan adds in its own precision, and B and C."""
+    def _projections(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Steps before their bias, which the scan adds in its own precision, that bias, and B and C."""
         low_rank, B, C = torch.split(self.x_proj(x), self._x_proj_sizes, dim=-1)
-        return linear(low_rank, self.dt_proj.weight), B, C
+        if not is_plain(self.dt_proj):
+            return self.dt_proj(low_rank), None, B, C  # LoRA, say, which adds the bias itself
+        return linear(low_rank, self.dt_proj.weight), self.dt_proj.bias, B, C
 
     def _rates(self) -> Tensor:
         # In the precision of the scan: a half-precision exp could overflow.

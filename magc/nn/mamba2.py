@@ -235,8 +235,7 @@ class Mamba2(CarriesState[Mamba2State]):
         conv_config, scan_config = self._operator_configs(run, xBC.dtype)
         xBC, conv_state = run.causal_conv1d(
             xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            *fused.taps_of(self.conv1d),
             activation="silu",
             initial_state=None if state is None else state.conv,
             seq_idx=seq_idx,
@@ -280,7 +279,7 @@ class Mamba2(CarriesState[Mamba2State]):
             same_document = seq_idx[:, 0] == state.seq_idx
             conv_state, ssm_state = keep_if(same_document, conv_state), keep_if(same_document, ssm_state)
         xBC_BC, conv_state = run.causal_conv1d_step(
-            xBC.squeeze(1), self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, activation="silu"
+            xBC.squeeze(1), *fused.taps_of(self.conv1d), conv_state, activation="silu"
         )
         x, B, C = self._split_conv_output(xBC_BC)
         y, ssm_state = run.ssd_step(

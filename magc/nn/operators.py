@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -50,6 +51,9 @@ class Operators:
     """Largest SSD chunk that pays: a longer one changes nothing but speed, memory and rounding."""
 
 
+TRITON = (3, 6)
+"""The oldest Triton that the kernels are tested with."""
+
 _REFERENCE = Operators(
     name="reference",
     ssd=ssd_reference.ssd,
@@ -87,8 +91,8 @@ def choose(impl: Impl, device: torch.device, dtype: torch.dtype | None = None, o
         return Choice("triton" if impl == "triton" else "reference")
     if device.type != "cuda":
         return Choice("reference")
-    if find_spec("triton") is None:
-        return Choice("reference", "the package triton is not installed")
+    if (missing := _missing_triton()) is not None:
+        return Choice("reference", missing)
     if dtype is not None and dtype not in _TRITON_TYPES:
         return Choice("reference", f"no Triton kernels for {dtype}")
     return Choice("reference", obstacle) if obstacle else Choice("triton")
@@ -102,6 +106,24 @@ def operators(impl: Impl, device: torch.device, dtype: torch.dtype | None = None
         MissingExtraError: `impl="triton"` without the package `triton`.
     """
     return _triton() if choose(impl, device, dtype, obstacle).name == "triton" else _REFERENCE
+
+
+def _missing_triton() -> str | None:
+    """Why there is no Triton that the kernels were made and tested with; None if there is."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    return _too_old()
+
+
+@functools.cache
+def _too_old() -> str | None:
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return None  # a build without a record of itself, which says nothing of its age
+    if tuple(int(part) for part in found.split(".")[:2]) >= TRITON:
+        return None
+    return f"triton {found} is older than {'.'.join(map(str, TRITON))}, which the kernels are for"
 
 
 @functools.cache

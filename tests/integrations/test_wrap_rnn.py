@@ -60,16 +60,38 @@ def test_outputs_states_and_gradients(kind: str, given: bool) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_evaluation_and_unbatched_input_run_torchs_own_code() -> None:
+def test_evaluation_runs_torchs_own_code() -> None:
     module = make("LSTM")
     x = inputs(module)
     expected = module(x)[0]
-    single = module(x[0])[0]
     wrap(module, plan=PLAN)
     with torch.no_grad():
         assert torch.equal(module(x)[0], expected)
-    assert torch.equal(module(x[0])[0], single)
     assert wrapped(module).plan is None
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU, sequence first"])
+@pytest.mark.parametrize("given", [False, True])
+def test_one_sequence_without_a_batch_axis(kind: str, given: bool) -> None:
+    module = make(kind)
+    batched = inputs(module)
+    x = batched[0] if module.batch_first else batched[:, 0]
+    state: Any = None
+    if given:
+        h = torch.randn(module.num_layers, 6, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+        state = (h, 0.5 * h) if module.mode == "LSTM" else h
+    plain = copy.deepcopy(module)
+    wrap(module, plan=PLAN)
+    for expected, actual in zip(tensors(plain(x, state)), tensors(module(x, state)), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    assert wrapped(module).plan == PLAN
+
+
+def test_parameters_that_are_handed_in_are_refused() -> None:
+    module = wrap(make("LSTM"), plan=PLAN)
+    handed = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    with pytest.raises(LayerContractError, match=r"weight_ih_l0 of this LSTM is no parameter any more"):
+        torch.func.functional_call(module, handed, (inputs(module),))
 
 
 def test_replaced_parameters_are_followed() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -16,11 +17,15 @@ from typing import Any
 import pytest
 import torch
 
+from magc.nn.operators import TRITON
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
+if tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2]) < TRITON:
+    pytest.skip("Triton is older than the kernels are for", allow_module_level=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 import magc
 from magc.errors import InputError
 from magc.nn import Mamba2, Mamba2Block
-from magc.nn.operators import choose, operators
+from magc.nn.operators import _too_old, choose, operators
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -48,6 +48,15 @@ def test_auto_says_when_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("magc.nn.operators.find_spec", lambda name: None)
     choice = choose("auto", GPU)
     assert (choice.name, choice.reason) == ("reference", "the package triton is not installed")
+
+
+def test_auto_says_when_triton_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magc.nn.operators.find_spec", lambda name: object())
+    monkeypatch.setattr("magc.nn.operators.version", lambda name: "3.5.1")
+    _too_old.cache_clear()
+    choice = choose("auto", GPU)
+    _too_old.cache_clear()
+    assert (choice.name, choice.reason) == ("reference", "triton 3.5.1 is older than 3.6, which the kernels are for")
 
 
 def test_a_plan_tells_what_its_layers_run_on() -> None:

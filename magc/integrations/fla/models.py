@@ -112,7 +112,10 @@ def adapt(model: Any, settings: Settings) -> Adapted:
         takes_first = type(trunk).__name__ in FIRST_VALUES
         layers.append(FLALayer(block, norm, takes_first=takes_first, is_first=index == 0))
     outputs: Any = importlib.import_module("transformers.modeling_outputs")
-    forward = FLATrunkForward(trunk, settings.grid(layers), {}, outputs.BaseModelOutputWithPast, Input(attends=True))
+    parts = {"layers": trunk.layers, "norm": trunk.norm}
+    forward = FLATrunkForward(
+        trunk, settings.grid(layers), {}, outputs.BaseModelOutputWithPast, Input(attends=True), parts
+    )
     forwards: tuple[GridForward, ...] = (forward,)
     notes = [
         "blocks run as flash-linear-attention's own modules and kernels, which take and give states with gradients; "

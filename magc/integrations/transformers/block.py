@@ -118,7 +118,8 @@ def adapt_blocks(model: Any, settings: Settings, family: Family) -> Adapted:
         family.layer(block, settings.impl, trunk.norm_f if index == last else None)
         for index, block in enumerate(trunk.layers)
     )
-    forward = TrunkForward(trunk, grid, bypassed, known("Output"), Input())
+    parts = {"layers": trunk.layers, **bypassed}
+    forward = TrunkForward(trunk, grid, bypassed, known("Output"), Input(), parts)
     forwards: tuple[GridForward, ...] = (forward,)
     mixer = family.prefix + "Mixer"
     notes = [

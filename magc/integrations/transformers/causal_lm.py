@@ -62,12 +62,19 @@ class TrunkForward(HookedForward):
         bypassed: as of `GridForward`.
         output: class of what the trunk returns.
         takes_in: what the trunk does with its input.
+        parts: as of `GridForward`.
     """
 
     def __init__(
-        self, trunk: Any, grid: ModelGrid, bypassed: dict[str, nn.Module], output: Any, takes_in: Input
+        self,
+        trunk: Any,
+        grid: ModelGrid,
+        bypassed: dict[str, nn.Module],
+        output: Any,
+        takes_in: Input,
+        parts: dict[str, nn.Module],
     ) -> None:
-        super().__init__(trunk, bypassed)
+        super().__init__(trunk, bypassed, parts)
         self.grid = grid
         self.output = output
         self.takes_in = takes_in
@@ -153,12 +160,18 @@ class LMForward(HookedForward):
     """
 
     def __init__(self, model: Any, trunk: TrunkForward, output: Any, loss: Loss) -> None:
-        super().__init__(model, {"the trunk": trunk.module, **trunk.bypassed})
+        [place] = [name for name, part in model.named_children() if part is trunk.module]
+        super().__init__(model, {"the trunk": trunk.module, **trunk.bypassed}, {place: trunk.module})
         self.trunk = trunk
         self.output = output
         self.loss = loss
         self.stem = Stem(model.get_input_embeddings(), trunk.takes_in.scale)
         self.head = Head(model.lm_head, loss)
+
+    def require_parts(self) -> None:
+        """See `GridForward.require_parts`; those of the trunk too, whose own forward may not be called."""
+        super().require_parts()
+        self.trunk.require_parts()
 
     def takes(self, call: dict[str, Any]) -> bool:
         """Whether a call's loss is computed inside the grid, or the trunk must be told of packed rows.

@@ -25,7 +25,8 @@ _ORIGINAL = "__magc_original__"
 def install() -> None:
     """Let transformers' checkpointing switches know ``"method": "magc"``; other methods work as before.
 
-    The settings beside ``method`` are those of `magc.wrap`; ``plan`` may be a dict of `Plan`'s fields. Switching
+    The settings beside ``method`` are those of `magc.wrap`; ``plan`` may be a dict of `Plan`'s fields, and
+    ``use_reentrant``, which is about torch's own checkpointing, changes nothing. Switching
     checkpointing off unwraps the model. Calling this twice changes nothing.
     """
     base = _base()
@@ -67,6 +68,7 @@ def _enable(original: Callable[..., Any], argument: str) -> Callable[..., Any]:
                 'every_n_layers and offload are settings of transformers\' own checkpointing; with {"method": "magc"} '
                 "give a budget (and a host_budget to offload), from which magc plans what is kept and where"
             )
+        settings.pop("use_reentrant", None)  # boilerplate of many programs; of torch's checkpointing alone
         if isinstance(settings.get("plan"), dict):
             settings["plan"] = Plan(**settings["plan"])
         wrap(self, **settings)

@@ -241,7 +241,10 @@ def adapt_hybrid(model: Any, settings: Settings, family: Hybrid) -> Adapted:
         layers.append(made.layer)
     grid = settings.grid(layers)
     trunk_output, model_output = output_classes(classes)
-    forward = TrunkForward(trunk, grid, bypassed, trunk_output, family.takes_in(trunk))
+    taken = {"layers": trunk.layers, **bypassed}
+    if getattr(trunk, "rotary_emb", None) is not None:
+        taken["rotary_emb"] = trunk.rotary_emb
+    forward = TrunkForward(trunk, grid, bypassed, trunk_output, family.takes_in(trunk), taken)
     forwards: tuple[GridForward, ...] = (forward,)
     notes = [family.note, ATTENTION_NOTE, *([ROUTER_NOTE] if family.routers else [])]
     if loss is not None:

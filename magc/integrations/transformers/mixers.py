@@ -85,15 +85,17 @@ def selective_mixer(
     if norms:
         parts = [norm(part) for norm, part in zip(norms, parts, strict=True)]
     low_rank, B_BLN, C_BLN = parts
+    step = mixer.dt_proj
+    is_plain = type(step) is nn.Linear and not hooked(step)  # else a module (LoRA), which adds its bias itself
     y_BLE, ssm_state = run.selective_scan(
         x_BLE,
-        linear(low_rank, mixer.dt_proj.weight),
+        linear(low_rank, step.weight) if is_plain else step(low_rank),
         rates(mixer),
         B_BLN.unsqueeze(2),
         C_BLN.unsqueeze(2),
         D=mixer.D,
         z=z_BLE,
-        dt_bias=mixer.dt_proj.bias,
+        dt_bias=step.bias if is_plain else None,
         dt_softplus=True,
         initial_state=None if state is None else state.ssm,
         seq_idx=tokens.documents,
@@ -199,8 +201,13 @@ def require_conv(name: str, mixer: Any) -> None:
     """Refuse a convolution that the operators cannot run.
 
     Raises:
-        LayerContractError: naming the mixer and the widths there are.
+        LayerContractError: naming the mixer, and the widths there are or what is in the convolution's place.
     """
+    if not isinstance(mixer.conv1d, nn.Conv1d):
+        raise LayerContractError(
+            f"{name}.conv1d is a {type(mixer.conv1d).__name__}, of which magc's operators would take the weight and nothing "
+            f"else. Leave the convolution an nn.Conv1d: LoRA belongs on the projections (in_proj, x_proj, dt_proj, out_proj)"
+        )
     width = mixer.conv1d.kernel_size[0]
     if width not in CONV_WIDTHS:
         raise LayerContractError(

@@ -72,9 +72,12 @@ def padding(call: dict[str, Any]) -> Tensor | None:
     mask = call.get("attention_mask")
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    given = call.get("input_ids", call.get("inputs_embeds"))
+    wanted = tuple(given.shape[:2]) if isinstance(given, Tensor) else ()
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or (wanted and tuple(mask.shape) != wanted):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"attention_mask must be (batch, length), 1 for tokens and 0 for padding; got {shape}")
+        of = f" = {wanted}" if wanted else ""
+        raise InputError(f"attention_mask must be (batch, length){of}, 1 for tokens and 0 for padding; got {shape}")
     return None if bool((mask == 1).all()) else mask
 
 
