@@ -14,6 +14,8 @@ from video_ma2mba.errors import ConfigError
 
 VisionKind = Literal["clip", "siglip"]
 MODEL_TYPE = "video_ma2mba"
+AUTHORS_MODEL_TYPES = ("llava_mamba", "mamba2")
+"""Those of the authors' own checkpoints (`model/authors.py`)."""
 
 # Those of openai/clip-vit-large-patch14-336 and google/siglip-so400m-patch14-384, where they differ from the defaults of
 # transformers' configurations.
@@ -171,7 +173,11 @@ class VideoMa2mbaConfig:
             ConfigError: it is of another kind of model, or has missing, unknown or wrong entries.
         """
         if data.get("model_type") != MODEL_TYPE:
-            raise ConfigError(f"model_type must be {MODEL_TYPE!r}, got {data.get('model_type')!r}")
+            kind = data.get("model_type")
+            hint = ""
+            if kind in AUTHORS_MODEL_TYPES:
+                hint = "; load the authors' checkpoints with model.authors.load_authors, and save them with save_pretrained"
+            raise ConfigError(f"model_type must be {MODEL_TYPE!r}, got {kind!r}{hint}")
         try:
             vision = dict(data["vision"])
             for name in ("mean", "std"):

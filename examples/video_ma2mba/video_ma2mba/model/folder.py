@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, SiglipVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from magc.nn import Mamba2LM
 from magc.nn.operators import Impl
@@ -81,7 +81,7 @@ def load_pretrained(
         ConfigError: the configuration is of another kind of model, or wrong.
     """
     path = Path(folder)
-    config = VideoMa2mbaConfig.from_json(_json(path / _CONFIG))
+    config = VideoMa2mbaConfig.from_json(read_json(path / _CONFIG))
     weights = _weights(path / _WEIGHTS)
     if config.language.tie_embeddings and _TIED[1] in weights:
         weights[_TIED[0]] = weights[_TIED[1]]
@@ -93,7 +93,7 @@ def load_pretrained(
     model = VideoMa2mba(config, language, vision, projector, frame_chunk=frame_chunk)
     _check_weights(path, weights, {name: tensor.shape for name, tensor in model.state_dict().items()})
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights.items()}, assign=True)
-    return _finished(model, device)
+    return finished(model, device)
 
 
 def load_parts(
@@ -130,13 +130,14 @@ def load_parts(
     if untie and model.config.tie_embeddings:
         model.config = replace(model.config, tie_embeddings=False)
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    tower = _load_tower(Path(vision), layer, dtype)
+    tower = load_tower(Path(vision), layer, dtype)
     config = VideoMa2mbaConfig(model.config, tower.config, chat or ChatSchema(), fps)
     projector = Projector(tower.config.width, model.config.d_model, dtype=dtype)
-    return _finished(VideoMa2mba(config, model, tower, projector, frame_chunk=frame_chunk), device)
+    return finished(VideoMa2mba(config, model, tower, projector, frame_chunk=frame_chunk), device)
 
 
-def _finished(model: VideoMa2mba, device: torch.device | str) -> VideoMa2mba:
+def finished(model: VideoMa2mba, device: torch.device | str) -> VideoMa2mba:
+    """A model whose weights have just been put in place: on its device, tied, marked and ready to answer."""
     model.to(device)
     model.language.tie_weights()
     for layer in model.layers:
@@ -144,20 +145,48 @@ def _finished(model: VideoMa2mba, device: torch.device | str) -> VideoMa2mba:
     return model.eval()
 
 
-def _load_tower(folder: Path, layer: int, dtype: torch.dtype) -> VisionTower:
-    data = _json(folder / _CONFIG)
-    family = str(data.get("model_type", ""))
+def tower_config(folder: Path, layer: int) -> VisionConfig:
+    """The configuration of the vision tower in a folder of CLIP or SigLIP, or of its vision half alone.
+
+    Args:
+        folder: holds `config.json`, and `preprocessor_config.json` for the pixels' mean and deviation if it is there.
+        layer: whose features are used.
+
+    Raises:
+        FormatError: it is of another kind of model, or cannot be read.
+    """
+    family = str(read_json(folder / _CONFIG).get("model_type", ""))
     kinds: dict[str, VisionKind] = {"clip": "clip", "siglip": "siglip"}
     kind = kinds.get(family.removesuffix("_vision_model"))
     if kind is None:
         raise FormatError(f"{folder / _CONFIG}: model_type {family!r} is neither CLIP's nor SigLIP's")
-    source = SiglipVisionModel if kind == "siglip" else CLIPVisionModel
+    source = SiglipVisionConfig if kind == "siglip" else CLIPVisionConfig
+    try:
+        loaded = source.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise FormatError(f"{folder / _CONFIG} cannot be read as a {source.__name__} ({error})") from error
+    config = replace(VisionConfig.of(kind, _tower_fields(loaded)), layer=layer)
+    return _with_pixels_of(folder, config)
+
+
+def load_tower(folder: Path, layer: int, dtype: torch.dtype) -> VisionTower:
+    """The vision tower in a folder of CLIP or SigLIP, or of its vision half alone.
+
+    Args:
+        folder: in transformers' layout.
+        layer: whose features are used.
+        dtype: of the parameters.
+
+    Raises:
+        FormatError: it is of another kind of model, or cannot be read.
+    """
+    config = tower_config(folder, layer)
+    source = SiglipVisionModel if config.kind == "siglip" else CLIPVisionModel
     try:
         loaded = cast(Any, source.from_pretrained(folder, local_files_only=True, dtype=dtype))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise FormatError(f"{folder} cannot be loaded as a {source.__name__} ({error})") from error
-    config = replace(VisionConfig.of(kind, _tower_fields(loaded.config)), layer=layer)
-    tower = VisionTower(_with_pixels_of(folder, config), dtype=dtype)
+    tower = VisionTower(config, dtype=dtype)
     tower.model.load_state_dict(loaded.state_dict())
     return tower
 
@@ -176,7 +205,7 @@ def _with_pixels_of(folder: Path, config: VisionConfig) -> VisionConfig:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return config
-    data = _json(path)
+    data = read_json(path)
     found = {
         ours: tuple(float(value) for value in data[theirs])
         for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
@@ -185,7 +214,12 @@ def _with_pixels_of(folder: Path, config: VisionConfig) -> VisionConfig:
     return replace(config, **found)
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file of a model's folder.
+
+    Raises:
+        FormatError: it is missing or holds no object.
+    """
     if not path.is_file():
         raise FormatError(f"{path} does not exist; give a model's folder")
     try:
