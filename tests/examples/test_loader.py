@@ -12,7 +12,7 @@ import torch
 
 from tests.examples.clips import seconds_of, write_clip
 from tests.examples.tiny import make_tokenizer, talk
-from video_ma2mba.data.batch import Batch, VideoTokens, collate, pack_frames, unpack_frames
+from video_ma2mba.data.batch import Batch, Example, VideoTokens, collate, pack_frames, unpack_frames
 from video_ma2mba.data.chat import IGNORED, NO_FRAME, ChatEncoder
 from video_ma2mba.data.frames import HostFrames
 from video_ma2mba.data.loader import Loader, Preparation
@@ -123,6 +123,25 @@ def test_unusable_samples_stop_the_run(folder: Path) -> None:
 def test_nothing_usable(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no sample can be used: 2 of 2"):
         next(iter(Loader(videos(folder)[1:3], PREPARE)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("count", [2, 5])
+def test_one_usable_sample_is_found_from_every_place(count: int, workers: int) -> None:
+    """The rest of an epoch and the start of the next, as many places as samples, may well lack it."""
+
+    def prepare(sample: Sample) -> Example:
+        if sample.id != "s1":
+            raise MediaError(ProblemKind.MISSING, sample.id, "there is no such file")
+        return PREPARE(sample)
+
+    for seed in range(20):
+        loader = Loader(texts(count), prepare, seed=seed, workers=workers)
+        assert names(loader, 3 * count) == [("s1",)] * (3 * count)
+        assert {problem.sample for problem in loader.problems} == {each.id for each in texts(count)} - {"s1"}
+        resumed = Loader(texts(count), prepare, seed=seed, workers=workers)
+        resumed.load_state_dict({**loader.state_dict(), "batches": count - 1})
+        assert names(resumed, 2) == [("s1",)] * 2
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,11 @@ class Loader:
 
     def _usable(self, place: int) -> Example:
         """The example at a place, or the next one that can be used."""
-        for offset in range(len(self._samples)):
-            epoch, position = divmod(place + offset, len(self._samples))
+        # The rest of an epoch and a part of the next may miss samples: a whole epoch has them all.
+        count = len(self._samples)
+        whole = -(-place // count) * count
+        for later in range(place, whole + count):
+            epoch, position = divmod(later, count)
             index = self._order(epoch)[position]
             if index in self._problems:
                 continue
