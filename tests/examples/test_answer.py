@@ -157,7 +157,7 @@ def test_benchmark_from_the_command_line(tmp_path: Path) -> None:
     }
     run([f"--{name}={value}" for name, value in arguments.items()])
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert (result["model"], result["questions"]) == ("tiny", 3)
-    assert "| tiny |" in (tmp_path / "out" / "result.md").read_text()
+    assert (result["model"], result["questions"]) == (f"{tmp_path.name}/tiny", 3)
+    assert f"| {tmp_path.name}/tiny |" in (tmp_path / "out" / "result.md").read_text()
     lines = (tmp_path / "out" / "responses.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["001-1", "001-2", "002-1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from video_ma2mba.errors import ConfigError, FormatError, MediaError, ProblemKin
 from video_ma2mba.evaluate import make_benchmark, make_judge
 from video_ma2mba.evaluation.choices import MVBENCH_TASKS, LongVideoBench, MVBench, VideoMME
 from video_ma2mba.evaluation.extract import first_letter, first_letter_or_guess, standalone_letter
+from video_ma2mba.evaluation.identity import ModelIdentity
 from video_ma2mba.evaluation.judges import ExactJudge
 from video_ma2mba.evaluation.open_ended import ActivityNetQA, VideoChatGPT
 from video_ma2mba.evaluation.questions import Benchmark, clustered_mean, means_of
 from video_ma2mba.evaluation.report import ABLATION, PAPER, markdown
-from video_ma2mba.evaluation.run import Result, evaluate
+from video_ma2mba.evaluation.run import Result, check_run, evaluate
 
 VIDEOS = Path("/v")
+MODEL = ModelIdentity("5eed" * 16, "float32")
 
 
 # ---------------------------------------------------------------------- letters
@@ -326,7 +329,9 @@ def small(tmp_path: Path) -> Benchmark:
 
 def test_a_run(tmp_path: Path, small: Benchmark) -> None:
     told: list[tuple[int, int]] = []
-    result = evaluate(small, Parrot(), ExactJudge(), tmp_path / "out", progress=lambda *each: told.append(each))
+    result = evaluate(
+        small, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL, progress=lambda *each: told.append(each)
+    )
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert (result.columns, result.questions, result.judge) == ({"Short": 50, "Long": 0, "Avg.": 25}, 4, "none")
     saved = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -336,59 +341,109 @@ def test_a_run(tmp_path: Path, small: Benchmark) -> None:
 
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_killed_run_goes_on(tmp_path: Path, small: Benchmark, torn: bool) -> None:
-    whole = evaluate(small, Parrot(), ExactJudge(), tmp_path / "whole")
+    whole = evaluate(small, Parrot(), ExactJudge(), tmp_path / "whole", identity=MODEL)
     with pytest.raises(KilledError):
-        evaluate(small, Parrot(dies_after=3), ExactJudge(), tmp_path / "out")
+        evaluate(small, Parrot(dies_after=3), ExactJudge(), tmp_path / "out", identity=MODEL)
     if torn:
         with (tmp_path / "out" / "responses.jsonl").open("a") as file:
             file.write('{"id": "002-2", "resp')
     second = Parrot()
-    assert evaluate(small, second, ExactJudge(), tmp_path / "out") == whole
+    assert evaluate(small, second, ExactJudge(), tmp_path / "out", identity=MODEL) == whole
     assert len(second.asked) == 1
     third = Parrot()
-    assert evaluate(small, third, ExactJudge(), tmp_path / "out") == whole
+    assert evaluate(small, third, ExactJudge(), tmp_path / "out", identity=MODEL) == whole
     assert third.asked == []
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path, small: Benchmark) -> None:
-    evaluate(small, Parrot(), ExactJudge(), tmp_path / "out")
+    evaluate(small, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
     other = VideoMME(tmp_path / "test.json", VIDEOS, "lmms-eval")
     with pytest.raises(ConfigError, match=r"holds another run .*protocol was"):
-        evaluate(other, Parrot(), ExactJudge(), tmp_path / "out")
+        evaluate(other, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
+
+
+@pytest.mark.parametrize(
+    "other", [replace(MODEL, digest="c0de" * 16), replace(MODEL, dtype="bfloat16"), replace(MODEL, max_frames=8)]
+)
+def test_answers_of_another_model_are_refused(tmp_path: Path, small: Benchmark, other: ModelIdentity) -> None:
+    """Whatever the models are called; nothing of the first run is touched."""
+    evaluate(small, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for begin in (check_run, lambda *each: evaluate(small, Parrot(), ExactJudge(), each[-1], identity=other)):
+        with pytest.raises(ConfigError, match="holds another run") as caught:
+            begin(small, "parrot", other, tmp_path / "out")
+        assert str(MODEL.to_json()) in str(caught.value)
+        assert str(other.to_json()) in str(caught.value)
+        assert f"give another folder (--out), or delete {tmp_path / 'out'}" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_model_under_another_name_goes_on(tmp_path: Path, small: Benchmark) -> None:
+    evaluate(small, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
+    renamed = Parrot()
+    renamed.name = "macaw"
+    result = evaluate(small, renamed, ExactJudge(), tmp_path / "out", identity=MODEL)
+    assert (result.model, renamed.asked) == ("macaw", [])
+
+
+def test_a_folder_without_answers_is_taken_over(tmp_path: Path, small: Benchmark) -> None:
+    with pytest.raises(MediaError):
+        evaluate(small, Parrot(broken=frozenset({"yt001"})), ExactJudge(), tmp_path / "out", identity=MODEL)
+    other = replace(MODEL, digest="c0de" * 16)
+    assert evaluate(small, Parrot(), ExactJudge(), tmp_path / "out", identity=other).identity == other
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"model": "parrot"}, "has no digest of its model, so that the answers may be of another than 'parrot'"),
+        (None, "holds answers, but run.json does not say whose"),
+    ],
+)
+def test_runs_that_do_not_say_whose_they_are(tmp_path: Path, small: Benchmark, run: Any, message: str) -> None:
+    evaluate(small, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
+    path = tmp_path / "out" / "run.json"
+    path.unlink()
+    if run is not None:
+        path.write_text(json.dumps(run))
+    with pytest.raises((ConfigError, FormatError), match=message + ".*or delete "):
+        evaluate(small, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
 
 
 def test_videos_that_cannot_be_used(tmp_path: Path, small: Benchmark) -> None:
     with pytest.raises(MediaError):
-        evaluate(small, Parrot(broken=frozenset({"yt002"})), ExactJudge(), tmp_path / "stop")
-    result = evaluate(small, Parrot(broken=frozenset({"yt002"})), ExactJudge(), tmp_path / "skip", on_problem="skip")
+        evaluate(small, Parrot(broken=frozenset({"yt002"})), ExactJudge(), tmp_path / "stop", identity=MODEL)
+    result = evaluate(
+        small, Parrot(broken=frozenset({"yt002"})), ExactJudge(), tmp_path / "skip", identity=MODEL, on_problem="skip"
+    )
     assert result.questions == 2
     assert set(result.left_out) == {"002-1", "002-2"}
     assert "**2 questions were left out**, e.g.: missing file: /v/yt002.mp4: gone" in markdown([result])
-    mended = evaluate(small, Parrot(), ExactJudge(), tmp_path / "skip", on_problem="skip")
+    mended = evaluate(small, Parrot(), ExactJudge(), tmp_path / "skip", identity=MODEL, on_problem="skip")
     assert (mended.questions, mended.left_out) == (4, {})
 
 
 def test_questions_with_the_same_name(tmp_path: Path) -> None:
     benchmark = VideoMME(write(tmp_path / "test.json", [MME[0], MME[0]]), VIDEOS)
     with pytest.raises(FormatError, match="same name"):
-        evaluate(benchmark, Parrot(), ExactJudge(), tmp_path / "out")
+        evaluate(benchmark, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
 
 
 # ---------------------------------------------------------------------- reports
 def test_report_beside_the_paper(tmp_path: Path, small: Benchmark) -> None:
-    text = markdown([evaluate(small, Parrot(), ExactJudge(), tmp_path / "out")])
+    text = markdown([evaluate(small, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)])
     assert "| model | Short | Medium | Long | Avg. |" in text
     assert "| Video-Ma²mba-3.1B (paper) | 57.6 | 42.7 | 35.4 | 45.2 |" in text
     assert "| parrot | 50.0 | - | 0.0 | 25.0 |" in text
     assert "| yes | 1 fps | 1 fps | 57.6 | 42.7 | 35.4 | 45.2 |" in text
     assert "| accuracy | duration=short | 50.00 ± " in text
-    assert "parrot: 4 questions, no subtitles, official prompt." in text
+    assert "parrot (5eed5eed, float32): 4 questions, no subtitles, official prompt." in text
 
 
 def test_report_names_the_judge(tmp_path: Path) -> None:
     record = {"video_name": "v", "question": "q", "question_id": "1", "answer": "A", "type": 0}
     benchmark = ActivityNetQA(write(tmp_path / "x.json", [record]), VIDEOS)
-    result = evaluate(benchmark, Parrot(), ExactJudge(), tmp_path / "out")
+    result = evaluate(benchmark, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
     assert result.judge == "exact"
     text = markdown([result])
     assert "| parrot | exact | 100.0 | 5.0 |" in text
@@ -406,7 +461,7 @@ def test_the_papers_tables_agree() -> None:
 
 def test_results_of_several_benchmarks() -> None:
     def result(name: str, columns: dict[str, float]) -> Result:
-        return Result(name, "p", "m", "exact", 1, {}, {}, columns)
+        return Result(name, "p", "m", MODEL, "exact", 1, {}, {}, columns)
 
     text = markdown([result("MVBench", {"MVBench": 50}), result("VideoChatGPT", {"VCG": 3.03})])
     assert text.index("## MVBench") < text.index("## VideoChatGPT")

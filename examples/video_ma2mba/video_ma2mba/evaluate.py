@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -10,15 +11,17 @@ import torch
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
+from magc.errors import MagcError
 from video_ma2mba.data.chat import BpeTokenizer
-from video_ma2mba.errors import ConfigError, FormatError
+from video_ma2mba.errors import ConfigError, FormatError, VideoMa2mbaError
 from video_ma2mba.evaluation.choices import LongVideoBench, MVBench, Prompts, VideoMME
+from video_ma2mba.evaluation.identity import ModelIdentity, readable_name
 from video_ma2mba.evaluation.judges import DEFAULT_TEMPLATES, ExactJudge, Judge, OpenAIJudge, ReplayJudge
 from video_ma2mba.evaluation.open_ended import ActivityNetQA, VideoChatGPT
 from video_ma2mba.evaluation.questions import Benchmark
 from video_ma2mba.evaluation.report import markdown
-from video_ma2mba.evaluation.run import evaluate
-from video_ma2mba.model.answer import VideoAnswerer
+from video_ma2mba.evaluation.run import check_run, evaluate
+from video_ma2mba.model.answer import VideoAnswerer, name_with_frames
 from video_ma2mba.model.folder import load_pretrained
 
 BenchmarkName = Literal["videomme", "longvideobench", "mvbench", "activitynetqa", "videochatgpt"]
@@ -65,6 +68,7 @@ def main(
     videos: Path,
     model: Path,
     out: Path,
+    name: str | None = None,
     prompts: Prompts | None = None,
     judge: str = "exact",
     judge_url: str | None = None,
@@ -82,7 +86,8 @@ def main(
         annotations: its questions: a file, or a folder for mvbench, videochatgpt and activitynetqa's own JSON.
         videos: the folder of its videos.
         model: a folder that `save_pretrained` wrote, with its tokenizer.
-        out: a folder for responses, verdicts and results.
+        out: a folder for responses, verdicts and results of this model; one that holds another's is refused.
+        name: of the model in the results; None is the last two parts of its folder, "stage2/model".
         prompts: of videomme and mvbench.
         judge: of open answers: exact, replay:FILE, or a model's name with judge_url.
         judge_url: an OpenAI-compatible endpoint for chat completions.
@@ -94,9 +99,16 @@ def main(
         on_problem: stop at a video that cannot be used, or skip its questions.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_pretrained(model, device=place, dtype=getattr(torch, dtype))
+    asked = make_benchmark(benchmark, annotations, videos, prompts)
+    asked_judge = make_judge(judge, url=judge_url, templates=judge_templates)
+    identity, shown = ModelIdentity.of_folder(model, dtype=dtype, max_frames=max_frames), name or readable_name(model)
+    check_run(asked, name_with_frames(shown, max_frames), identity, out)
     answerer = VideoAnswerer(
-        loaded, BpeTokenizer.from_folder(model), name=model.resolve().name, segment=segment, max_frames=max_frames
+        load_pretrained(model, device=place, dtype=getattr(torch, dtype)),
+        BpeTokenizer.from_folder(model),
+        name=shown,
+        segment=segment,
+        max_frames=max_frames,
     )
     with tqdm(unit=" questions", desc=benchmark) as bar:
 
@@ -105,10 +117,11 @@ def main(
             bar.update(done - bar.n)
 
         result = evaluate(
-            make_benchmark(benchmark, annotations, videos, prompts),
+            asked,
             answerer,
-            make_judge(judge, url=judge_url, templates=judge_templates),
+            asked_judge,
             out,
+            identity=identity,
             on_problem=on_problem,
             progress=progress,
         )
@@ -119,7 +132,10 @@ def main(
 
 def run(arguments: list[str] | None = None) -> None:
     """`main` with arguments of the command line, which may come from a YAML file (`--config`)."""
-    auto_cli(main, args=arguments, as_positional=False)
+    try:
+        auto_cli(main, args=arguments, as_positional=False)
+    except (VideoMa2mbaError, MagcError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,10 @@ def _section(name: str, results: Sequence[Result]) -> str:
     if name == "Video-MME":
         lines += ["Paper, table 4 (3.1B), by stage 1.5, frames in training and at inference:", "", *_ablation(), ""]
     for result in results:
-        lines += [f"{result.model}: {result.questions} questions, {result.protocol}.", ""]
+        lines += [
+            f"{result.model} ({result.identity.short}): {result.questions} questions, {result.protocol}.",
+            "",
+        ]
         if result.left_out:
             first = next(iter(result.left_out.values()))
             lines += [f"**{len(result.left_out)} questions were left out**, e.g.: {first}", ""]

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from video_ma2mba.data.records import Media, Prompt
 from video_ma2mba.errors import ConfigError, FormatError, MediaError
+from video_ma2mba.evaluation.identity import ModelIdentity
 from video_ma2mba.evaluation.jsonl import append_line, read_lines
 from video_ma2mba.evaluation.judges import Judge, SavedVerdicts
 from video_ma2mba.evaluation.questions import Benchmark, Means, Question, means_of
@@ -44,6 +45,7 @@ class Result:
 
     Attributes:
         benchmark, protocol, model, judge: what was measured, how, of whom, and by whom.
+        identity: the model's; its name is for readers.
         questions: number of questions that count.
         left_out: questions whose video could not be used, with the reason.
         means: see `Means`.
@@ -53,6 +55,7 @@ class Result:
     benchmark: str
     protocol: str
     model: str
+    identity: ModelIdentity
     judge: str
     questions: int
     left_out: Mapping[str, str]
@@ -70,6 +73,7 @@ def evaluate(
     judge: Judge,
     folder: str | os.PathLike[str],
     *,
+    identity: ModelIdentity,
     on_problem: Literal["stop", "skip"] = "stop",
     progress: Progress | None = None,
 ) -> Result:
@@ -79,7 +83,8 @@ def evaluate(
         benchmark: what is asked.
         answerer: who is asked.
         judge: who decides on open answers.
-        folder: gets `responses.jsonl`, `verdicts.jsonl` and `result.json`.
+        folder: gets `run.json`, `responses.jsonl`, `verdicts.jsonl` and `result.json`.
+        identity: the answerer's model's. A run of another model is not gone on with, whatever the names are.
         on_problem: when a video cannot be used, "stop" raises; "skip" leaves its questions out, and the result says so.
         progress: told how far it is.
 
@@ -90,12 +95,11 @@ def evaluate(
         ConfigError: the folder holds another run.
         MediaError: a video cannot be used. JudgeError: the judge cannot be asked. What was done is kept.
     """
-    path = Path(folder)
+    path, questions = Path(folder), _questions(benchmark)
+    contents = _run_of(benchmark, answerer.name, identity, questions)
+    _compare(path, contents)
     path.mkdir(parents=True, exist_ok=True)
-    questions = benchmark.questions()
-    if len({question.id for question in questions}) != len(questions):
-        raise FormatError(f"{benchmark.name}: some questions have the same name")
-    _claim(path / _RUN, _identity(benchmark, answerer, questions))
+    _write(path / _RUN, contents)
     responses, problems = _ask(questions, answerer, path / _RESPONSES, on_problem, progress)
     usable = [question for question in questions if question.id in responses]
     marks = benchmark.mark(usable, responses, SavedVerdicts(judge, path / _VERDICTS))
@@ -105,6 +109,7 @@ def evaluate(
         benchmark.name,
         benchmark.protocol,
         answerer.name,
+        identity,
         judge.name if needs_judge else "none",
         len(marks),
         problems,
@@ -115,26 +120,62 @@ def evaluate(
     return result
 
 
-def _identity(benchmark: Benchmark, answerer: Answerer, questions: Sequence[Question]) -> dict[str, Any]:
+def check_run(benchmark: Benchmark, name: str, identity: ModelIdentity, folder: str | os.PathLike[str]) -> None:
+    """Find out, before a model is loaded, that a run cannot begin or go on in a folder. Nothing is written.
+
+    Args:
+        benchmark: what is asked.
+        name: of the model, for readers.
+        identity: of the model.
+        folder: of the run; it need not be there.
+
+    Raises:
+        FormatError: the benchmark's questions are malformed, or there are none. ConfigError: the folder holds another run.
+    """
+    _compare(Path(folder), _run_of(benchmark, name, identity, _questions(benchmark)))
+
+
+def _questions(benchmark: Benchmark) -> list[Question]:
+    questions = benchmark.questions()
+    if not questions:
+        raise FormatError(f"{benchmark.name}: the annotations hold no question; give other annotations")
+    if len({question.id for question in questions}) != len(questions):
+        raise FormatError(f"{benchmark.name}: some questions have the same name")
+    return questions
+
+
+def _run_of(benchmark: Benchmark, name: str, identity: ModelIdentity, questions: Sequence[Question]) -> dict[str, Any]:
+    """The contents of `run.json`."""
     digest = hashlib.sha256()
     for question in questions:
         digest.update(f"{question.id}\0{question.prompt}\0{question.prefill}\0".encode())
     return {
         "benchmark": benchmark.name,
         "protocol": benchmark.protocol,
-        "model": answerer.name,
+        "model": name,
+        "identity": identity.to_json(),
         "questions": digest.hexdigest(),
     }
 
 
-def _claim(path: Path, identity: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        _write(path, identity)
+def _compare(folder: Path, contents: Mapping[str, Any]) -> None:
+    """Refuse answers of another run. The name of a model may change, and so may anything while there are no answers."""
+    if not (folder / _RESPONSES).is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if changed := {name: (before.get(name), value) for name, value in identity.items() if before.get(name) != value}:
+    path, remedy = folder / _RUN, f"give another folder (--out), or delete {folder}"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{folder} holds answers, but {_RUN} does not say whose ({error}); {remedy}") from error
+    if not isinstance(before, dict) or "identity" not in before:
+        raise ConfigError(
+            f"{path} has no digest of its model, so that the answers may be of another than {contents['model']!r} "
+            f"({contents['identity']}); {remedy}"
+        )
+    changed = {name: (before.get(name), value) for name, value in contents.items() if before.get(name) != value}
+    if changed.keys() - {"model"}:
         shown = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
-        raise ConfigError(f"{path.parent} holds another run ({shown}); give another folder")
+        raise ConfigError(f"{folder} holds another run ({shown}); {remedy}")
 
 
 def _ask(

@@ -54,7 +54,7 @@ class VideoAnswerer:
     ) -> None:
         if segment < 1 or repetition < 1:
             raise ConfigError(f"segment={segment} and repetition={repetition} must be at least 1")
-        self.name = name if max_frames is None else f"{name} ({max_frames} frm)"
+        self.name = name_with_frames(name, max_frames)
         self._model, self._tokenizer = model, tokenizer
         self._segment, self._repetition, self._progress = segment, repetition, progress
         self._encoder = model.encoder(tokenizer)
@@ -108,6 +108,11 @@ class VideoAnswerer:
                 break
             ids = ids.new_tensor([token])
         return self._tokenizer.decode(found).strip()
+
+
+def name_with_frames(name: str, max_frames: int | None) -> str:
+    """A model's name in results: models with another limit of frames are others."""
+    return name if max_frames is None else f"{name} ({max_frames} frm)"
 
 
 def repeats(tokens: Sequence[int], count: int) -> bool:

@@ -25,6 +25,8 @@ from video_ma2mba.model.stem import Projector
 from video_ma2mba.model.vision import VisionTower
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+MODEL_FILES = (_CONFIG, _WEIGHTS, "tokenizer.json")
+"""What decides a model's answers."""
 _TIED = ("language.lm_head.weight", "language.backbone.embedding.weight")
 
 

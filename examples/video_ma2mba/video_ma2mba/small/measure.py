@@ -11,6 +11,7 @@ import torch
 
 from video_ma2mba.data.chat import BpeTokenizer
 from video_ma2mba.evaluation.choices import VideoMME
+from video_ma2mba.evaluation.identity import ModelIdentity
 from video_ma2mba.evaluation.jsonl import read_lines
 from video_ma2mba.evaluation.judges import ExactJudge
 from video_ma2mba.evaluation.questions import Mean, clustered_mean
@@ -85,7 +86,14 @@ def measure(
     )
     benchmark = VideoMME(data.benchmark, data.held_out(look))
     with _threads(1):  # at a token a time they would wait for each other longer than they work
-        evaluate(benchmark, answerer, ExactJudge(), out, progress=lambda done, total: progress(1, ""))
+        evaluate(
+            benchmark,
+            answerer,
+            ExactJudge(),
+            out,
+            identity=ModelIdentity.of_folder(model, dtype="as stored", max_frames=max_frames),
+            progress=lambda done, total: progress(1, ""),
+        )
     questions = benchmark.questions()
     responses = {str(line["id"]): str(line["response"]) for line in read_lines(out / "responses.jsonl")}
     marks = {mark.id: mark for mark in benchmark.mark(questions, responses, ExactJudge())}
