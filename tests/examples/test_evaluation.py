@@ -284,8 +284,21 @@ def test_missing_parts(tmp_path: Path) -> None:
         make_benchmark("activitynetqa", tmp_path, VIDEOS).questions()
     with pytest.raises(ConfigError, match="one set of prompts"):
         make_benchmark("activitynetqa", tmp_path, VIDEOS, "official")
-    with pytest.raises(ConfigError, match="give judge_url"):
-        make_judge("gpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("gpt", {}, "judge='gpt': choose 'exact', 'minilm:FOLDER' or 'replay:FILE', or give judge_url"),
+        ("minilm:", {}, "names no file"),
+        ("exact", {"threshold": 0.5}, "judge_threshold=0.5 is for judge='minilm:FOLDER', not for 'exact'"),
+        ("exact", {"url": "http://x"}, "judge_url is for a model behind an endpoint, not for judge='exact'"),
+        ("replay:x", {"templates": Path("x")}, "judge_templates is for a model behind an endpoint"),
+    ],
+)
+def test_judges_that_are_refused(name: str, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_judge(name, **more)
 
 
 # ---------------------------------------------------------------------- means

@@ -17,6 +17,7 @@ from video_ma2mba.errors import ConfigError, FormatError, VideoMa2mbaError
 from video_ma2mba.evaluation.choices import LongVideoBench, MVBench, Prompts, VideoMME
 from video_ma2mba.evaluation.identity import ModelIdentity, readable_name
 from video_ma2mba.evaluation.judges import DEFAULT_TEMPLATES, ExactJudge, Judge, OpenAIJudge, ReplayJudge
+from video_ma2mba.evaluation.minilm import MiniLMJudge
 from video_ma2mba.evaluation.open_ended import ActivityNetQA, VideoChatGPT
 from video_ma2mba.evaluation.questions import Benchmark
 from video_ma2mba.evaluation.report import markdown
@@ -45,14 +46,31 @@ def make_benchmark(name: BenchmarkName, annotations: Path, videos: Path, prompts
             return VideoChatGPT(annotations, videos)
 
 
-def make_judge(name: str, *, url: str | None = None, templates: Path | None = None) -> Judge:
-    """A judge: "exact", "replay:FILE" or, with a url, the name of a model behind it."""
-    if name == "exact":
-        return ExactJudge()
-    if name.startswith("replay:"):
-        return ReplayJudge(name.removeprefix("replay:"))
+def make_judge(
+    name: str, *, url: str | None = None, templates: Path | None = None, threshold: float | None = None
+) -> Judge:
+    """A judge: "exact", "minilm:FOLDER", "replay:FILE" or, with a url, the name of a model behind it.
+
+    Raises:
+        ConfigError: there is no such judge, or an option is another judge's. FormatError: its file or folder is not one.
+    """
+    kind, _, rest = name.partition(":")
+    if threshold is not None and kind != "minilm":
+        raise ConfigError(f"judge_threshold={threshold} is for judge='minilm:FOLDER', not for {name!r}; leave it out")
+    if name == "exact" or kind in ("minilm", "replay"):
+        if given := [each for each, value in (("judge_url", url), ("judge_templates", templates)) if value is not None]:
+            raise ConfigError(f"{' and '.join(given)} is for a model behind an endpoint, not for judge={name!r}")
+        if name == "exact":
+            return ExactJudge()
+        if not rest:
+            raise ConfigError(f"judge={name!r} names no file; give 'minilm:FOLDER' or 'replay:FILE'")
+        if kind == "replay":
+            return ReplayJudge(rest)
+        return MiniLMJudge(rest) if threshold is None else MiniLMJudge(rest, threshold)
     if url is None:
-        raise ConfigError(f"judge={name!r}: give judge_url, or choose 'exact' or 'replay:FILE'")
+        raise ConfigError(
+            f"judge={name!r}: choose 'exact', 'minilm:FOLDER' or 'replay:FILE', or give judge_url for a model's name"
+        )
     prompts = DEFAULT_TEMPLATES
     if templates is not None:
         try:
@@ -73,6 +91,7 @@ def main(
     judge: str = "exact",
     judge_url: str | None = None,
     judge_templates: Path | None = None,
+    judge_threshold: float | None = None,
     max_frames: int | None = None,
     segment: int = 4096,
     device: str | None = None,
@@ -89,9 +108,10 @@ def main(
         out: a folder for responses, verdicts and results of this model; one that holds another's is refused.
         name: of the model in the results; None is the last two parts of its folder, "stage2/model".
         prompts: of videomme and mvbench.
-        judge: of open answers: exact, replay:FILE, or a model's name with judge_url.
+        judge: of open answers: exact, minilm:FOLDER, replay:FILE, or a model's name with judge_url.
         judge_url: an OpenAI-compatible endpoint for chat completions.
         judge_templates: JSON of prompts by aspect; None uses this package's own.
+        judge_threshold: similarity from which minilm:FOLDER takes an answer for right; None is its default, 0.75.
         max_frames: most frames of a video.
         segment: tokens read at once.
         device: None is the GPU if there is one.
@@ -100,7 +120,7 @@ def main(
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     asked = make_benchmark(benchmark, annotations, videos, prompts)
-    asked_judge = make_judge(judge, url=judge_url, templates=judge_templates)
+    asked_judge = make_judge(judge, url=judge_url, templates=judge_templates, threshold=judge_threshold)
     identity, shown = ModelIdentity.of_folder(model, dtype=dtype, max_frames=max_frames), name or readable_name(model)
     check_run(asked, name_with_frames(shown, max_frames), identity, out)
     answerer = VideoAnswerer(
