@@ -166,7 +166,32 @@ def test_longvideobench_without_key(tmp_path: Path) -> None:
     benchmark = LongVideoBench(write(tmp_path / "test.json", [{**record, "candidates": ["a", "b"]}]), VIDEOS)
     (question,) = benchmark.questions()
     assert question.answer is None
-    assert benchmark.mark([question], {question.id: "A"}, ExactJudge()) == []
+    (mark,) = benchmark.mark([question], {question.id: "The answer is B"}, ExactJudge())
+    assert (mark.id, mark.parsed, mark.values) == ("x_0", "B", {})
+
+
+def test_a_submission(tmp_path: Path) -> None:
+    """Questions without a key are answered in `submission.json`, and counted apart."""
+    rows = [{**LVB, "id": name, "candidates": ["a", "b"]} for name in ("x_0", "x_1", "x_2")]
+    del rows[1]["correct_choice"]
+    rows[2]["correct_choice"] = -1
+    benchmark = LongVideoBench(write(tmp_path / "lvb_test_wo_gt.json", rows), VIDEOS)
+    result = evaluate(benchmark, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
+    assert json.loads((tmp_path / "out" / "submission.json").read_text()) == {"x_1": "A", "x_2": "A"}
+    assert (result.questions, result.without_key, result.means["accuracy"]["overall"].count) == (1, 2, 1)
+    assert "2 questions have no public key: their answers are in submission.json." in markdown([result])
+    keyless = LongVideoBench(write(tmp_path / "all.json", rows[1:]), VIDEOS)
+    result = evaluate(keyless, Parrot(), ExactJudge(), tmp_path / "all", identity=MODEL)
+    assert (result.questions, result.without_key, result.columns) == (0, 2, {})
+    assert "| parrot | - |" in markdown([result])
+    evaluate(
+        LongVideoBench(write(tmp_path / "val.json", rows[:1]), VIDEOS),
+        Parrot(),
+        ExactJudge(),
+        tmp_path / "val",
+        identity=MODEL,
+    )
+    assert not (tmp_path / "val" / "submission.json").exists()
 
 
 # ---------------------------------------------------------------------- MVBench
@@ -436,6 +461,18 @@ def test_videos_that_cannot_be_used(tmp_path: Path, small: Benchmark) -> None:
     assert (mended.questions, mended.left_out) == (4, {})
 
 
+def test_a_run_without_any_video(tmp_path: Path, small: Benchmark) -> None:
+    none = Parrot(broken=frozenset({"yt001", "yt002"}))
+    with pytest.raises(
+        ConfigError, match=r"none of 4 questions of Video-MME could be asked, e.g. missing file: /v/yt001"
+    ):
+        evaluate(small, none, ExactJudge(), tmp_path / "out", identity=MODEL, on_problem="skip")
+    assert not (tmp_path / "out" / "result.json").exists()
+    empty = VideoMME(write(tmp_path / "none.json", []), VIDEOS)
+    with pytest.raises(FormatError, match="hold no question"):
+        evaluate(empty, Parrot(), ExactJudge(), tmp_path / "out", identity=MODEL)
+
+
 def test_questions_with_the_same_name(tmp_path: Path) -> None:
     benchmark = VideoMME(write(tmp_path / "test.json", [MME[0], MME[0]]), VIDEOS)
     with pytest.raises(FormatError, match="same name"):
@@ -474,7 +511,7 @@ def test_the_papers_tables_agree() -> None:
 
 def test_results_of_several_benchmarks() -> None:
     def result(name: str, columns: dict[str, float]) -> Result:
-        return Result(name, "p", "m", MODEL, "exact", 1, {}, {}, columns)
+        return Result(name, "p", "m", MODEL, "exact", 1, 0, {}, {}, columns)
 
     text = markdown([result("MVBench", {"MVBench": 50}), result("VideoChatGPT", {"VCG": 3.03})])
     assert text.index("## MVBench") < text.index("## VideoChatGPT")

@@ -104,7 +104,8 @@ class LongVideoBench:
     """LongVideoBench (arXiv 2407.15754): videos of 8 seconds to an hour, up to five options.
 
     Args:
-        annotations: `lvb_val.json`, `lvb_test_wo_gt.json`, or the published rows as `.parquet`.
+        annotations: `lvb_val.json`, `lvb_test_wo_gt.json` (without answers: letters are read, and nothing is scored), or the
+            published rows as `.parquet`.
         videos: the folder that `video_path` is relative to.
     """
 
@@ -157,10 +158,9 @@ class LongVideoBench:
         """See `Benchmark`; no judge is asked."""
         tally = Tally()
         for question in questions:
-            if question.answer is not None:
-                response = responses[question.id]
-                parsed = first_letter_or_guess(response, "ABCDE", len(question.options), question.id)
-                tally.add(question, parsed, answered=bool(first_letter(response, "ABCDE")))
+            response = responses[question.id]
+            parsed = first_letter_or_guess(response, "ABCDE", len(question.options), question.id)
+            tally.add(question, parsed, answered=bool(first_letter(response, "ABCDE")))
         return tally.marks
 
     def columns(self, means: Means) -> dict[str, float]:

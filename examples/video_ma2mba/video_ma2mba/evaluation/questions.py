@@ -48,7 +48,7 @@ class Mark:
         id: of the question.
         video: answers about the same video are not independent.
         groups: of the question.
-        values: metric to value.
+        values: metric to value; empty where the key is not public.
         parsed: what was read out of the answer.
     """
 
@@ -96,7 +96,7 @@ class Benchmark(Protocol):
         ...
 
     def mark(self, questions: Sequence[Question], responses: Mapping[str, str], judge: Judge) -> list[Mark]:
-        """What the answers earned; questions without a public key earn nothing and are left out."""
+        """What the answers earned; those to questions without a public key are read, and earn no value."""
         ...
 
     def columns(self, means: Means) -> dict[str, float]:
@@ -151,7 +151,10 @@ class Tally:
     marks: list[Mark] = field(default_factory=list)
 
     def add(self, question: Question, parsed: str, *, answered: bool = True) -> None:
-        """Mark an answer by its letter."""
+        """Mark an answer by its letter; no value without a key."""
+        if question.answer is None:
+            self.marks.append(Mark(question.id, str(question.media.path), question.groups, {}, parsed))
+            return
         correct = float(parsed == question.answer)
         values = {"accuracy": correct, **({"accuracy_answered": correct} if answered else {})}
         self.marks.append(Mark(question.id, str(question.media.path), question.groups, values, parsed))

@@ -86,10 +86,13 @@ def _section(name: str, results: Sequence[Result]) -> str:
             f"{result.model} ({result.identity.short}): {result.questions} questions, {result.protocol}.",
             "",
         ]
+        if result.without_key:
+            lines += [f"{result.without_key} questions have no public key: their answers are in submission.json.", ""]
         if result.left_out:
             first = next(iter(result.left_out.values()))
             lines += [f"**{len(result.left_out)} questions were left out**, e.g.: {first}", ""]
-        lines += [*_breakdown(result), ""]
+        if result.means:
+            lines += [*_breakdown(result), ""]
     return "\n".join(lines)
 
 

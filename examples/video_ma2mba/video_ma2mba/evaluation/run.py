@@ -19,7 +19,8 @@ from video_ma2mba.evaluation.questions import Benchmark, Means, Question, means_
 
 Progress = Callable[[int, int], None]
 """Told how many questions of how many are answered."""
-_RUN, _RESPONSES, _VERDICTS, _RESULT = "run.json", "responses.jsonl", "verdicts.jsonl", "result.json"
+_RUN, _RESPONSES, _VERDICTS = "run.json", "responses.jsonl", "verdicts.jsonl"
+_SUBMISSION, _RESULT = "submission.json", "result.json"
 
 
 class Answerer(Protocol):
@@ -47,6 +48,8 @@ class Result:
         benchmark, protocol, model, judge: what was measured, how, of whom, and by whom.
         identity: the model's; its name is for readers.
         questions: number of questions that count.
+        without_key: number of questions answered whose key is not public; what was read out of the answers is in
+            `submission.json`.
         left_out: questions whose video could not be used, with the reason.
         means: see `Means`.
         columns: the figures the paper prints.
@@ -58,6 +61,7 @@ class Result:
     identity: ModelIdentity
     judge: str
     questions: int
+    without_key: int
     left_out: Mapping[str, str]
     means: Means
     columns: Mapping[str, float]
@@ -83,7 +87,8 @@ def evaluate(
         benchmark: what is asked.
         answerer: who is asked.
         judge: who decides on open answers.
-        folder: gets `run.json`, `responses.jsonl`, `verdicts.jsonl` and `result.json`.
+        folder: gets `run.json`, `responses.jsonl`, `verdicts.jsonl` and `result.json`; where keys are not public
+            `submission.json` too, an object of letters by the names of questions.
         identity: the answerer's model's. A run of another model is not gone on with, whatever the names are.
         on_problem: when a video cannot be used, "stop" raises; "skip" leaves its questions out, and the result says so.
         progress: told how far it is.
@@ -92,7 +97,8 @@ def evaluate(
         The result.
 
     Raises:
-        ConfigError: the folder holds another run.
+        ConfigError: the folder holds another run, or, with "skip", no video can be used.
+        FormatError: there are no questions, or they are malformed.
         MediaError: a video cannot be used. JudgeError: the judge cannot be asked. What was done is kept.
     """
     path, questions = Path(folder), _questions(benchmark)
@@ -103,6 +109,15 @@ def evaluate(
     responses, problems = _ask(questions, answerer, path / _RESPONSES, on_problem, progress)
     usable = [question for question in questions if question.id in responses]
     marks = benchmark.mark(usable, responses, SavedVerdicts(judge, path / _VERDICTS))
+    if not marks:
+        reason = next(iter(problems.values()), "no question has all its answers")
+        raise ConfigError(
+            f"none of {len(questions)} questions of {benchmark.name} could be asked, e.g. {reason}; check the folder of "
+            "videos (--videos)"
+        )
+    submitted = {mark.id: mark.parsed for mark in marks if not mark.values}
+    if submitted:
+        _write(path / _SUBMISSION, submitted)
     means = means_of(marks)
     needs_judge = (path / _VERDICTS).is_file()
     result = Result(
@@ -111,7 +126,8 @@ def evaluate(
         answerer.name,
         identity,
         judge.name if needs_judge else "none",
-        len(marks),
+        len(marks) - len(submitted),
+        len(submitted),
         problems,
         means,
         benchmark.columns(means),
