@@ -20,6 +20,7 @@ from video_ma2mba.data.records import Media, Prompt, Turn
 from video_ma2mba.errors import ConfigError, MediaError
 from video_ma2mba.evaluate import run
 from video_ma2mba.model.answer import VideoAnswerer, repeats
+from video_ma2mba.model.device import usable_device
 from video_ma2mba.model.folder import save_pretrained
 from video_ma2mba.model.model import VideoMa2mba
 
@@ -135,8 +136,21 @@ def test_a_repeating_answer_ends(clip: Path) -> None:
 def test_unusable_videos(tmp_path: Path) -> None:
     with pytest.raises(MediaError):
         list(VideoAnswerer(make_model(), TOKENIZER).answer(Media(tmp_path / "none.mp4"), [Prompt("What?")]))
-    with pytest.raises(ConfigError, match="segment=0"):
-        VideoAnswerer(make_model(), TOKENIZER, segment=0)
+
+
+@pytest.mark.parametrize("limit", ["segment", "repetition", "max_frames"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_limits_that_make_no_sense(limit: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{limit}={value}: give a whole number, at least 1"):
+        VideoAnswerer(make_model(), TOKENIZER, **{limit: value})
+
+
+def test_devices() -> None:
+    assert usable_device("cpu") == torch.device("cpu")
+    assert usable_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "meta", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"device='{name}' cannot be used here .*give another, e.g. cpu"):
+            usable_device(name)
 
 
 def test_benchmark_from_the_command_line(tmp_path: Path) -> None:

@@ -87,3 +87,23 @@ def test_errors(folder: Path, video: str, model: str, message: str) -> None:
 def test_a_clip_outside_the_video(folder: Path) -> None:
     with pytest.raises(SystemExit, match="error: clip outside the video"):
         run([str(folder / "clip.mp4"), "What?", *options(folder), "--start", "9"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--max_frames", "0", "max_frames=0: give a whole number, at least 1"),
+        ("--max_frames", "-2", "max_frames=-2: give"),
+        ("--max_new_tokens", "0", "max_new_tokens=0: give"),
+        ("--segment", "0", "segment=0: give"),
+        ("--repetition", "0", "repetition=0: give"),
+        ("--start", "-1", "start=-1.0: give seconds, 0 or more"),
+        ("--start", "nan", "start=nan: give"),
+        ("--stop", "0", "stop=0.0: give seconds after the start, 0"),
+        ("--stop", "inf", "stop=inf: give"),
+        ("--device", "cuda:99", "device='cuda:99' cannot be used here"),
+    ],
+)
+def test_options_are_refused_before_the_model_is_loaded(folder: Path, option: str, value: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run([str(folder / "clip.mp4"), "What?", *options(folder), "--model", "no-such-model", option, value])

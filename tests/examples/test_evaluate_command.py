@@ -96,3 +96,47 @@ def test_readable_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert readable_name("runs/stage2/model/") == "stage2/model"
     assert readable_name("model") == f"{tmp_path.name}/model"
     assert readable_name("/model") == "model"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"videos": "nowhere"}, r"missing file: nowhere/yt001.mp4: 2 of 2 videos of Video-MME are not there; check"),
+        ({"videos": "nowhere", "on_problem": "skip"}, r"2 of 2 videos .*, e.g. nowhere/yt001.mp4; check .*--videos"),
+        ({"annotations": "none.json"}, r"none.json does not exist"),
+        ({"model": "no-model"}, r"no-model/config.json does not exist; give a model's folder"),
+        ({"judge": "embed"}, r"judge='embed': choose 'exact', 'minilm:FOLDER'"),
+        ({"judge": "replay:none.jsonl"}, r"none.jsonl does not exist; give a file of saved verdicts"),
+        ({"judge": "minilm:no-model"}, r"no-model/config.json does not exist"),
+        ({"max_frames": 0}, r"max_frames=0: give a whole number, at least 1"),
+        ({"segment": -1}, r"segment=-1: give"),
+        ({"device": "cuda:99"}, r"device='cuda:99' cannot be used here"),
+    ],
+)
+def test_errors_before_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("video_ma2mba.evaluate.load_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        run(options(folder, tmp_path / "out", **more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(SystemExit, match=r"error: .*out is a file; give a folder"):
+        run(options(folder, tmp_path / "out"))
+
+
+def test_some_videos_are_not_there(folder: Path, tmp_path: Path) -> None:
+    """Stop says so at once; skip asks about the others; what is answered needs no video."""
+    videos = tmp_path / "videos"
+    write_clip(videos / "yt001.mp4", 2)
+    with pytest.raises(SystemExit, match=r"yt002.mp4: 1 of 2 videos of Video-MME are not there"):
+        run(options(folder, tmp_path / "out", videos=videos))
+    run(options(folder, tmp_path / "out", videos=videos, on_problem="skip"))
+    first = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (first["questions"], set(first["left_out"])) == (2, {"002-1", "002-2"})
+    (videos / "yt001.mp4").rename(videos / "yt002.mp4")
+    run(options(folder, tmp_path / "out", videos=videos))
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["questions"] == 4

@@ -24,7 +24,7 @@ from tests.examples.clips import write_clip
 from tests.examples.conftest import EXAMPLE
 from tests.examples.tiny import make_model, make_tokenizer
 from video_ma2mba.data.records import Media, Prompt
-from video_ma2mba.errors import ConfigError
+from video_ma2mba.errors import ConfigError, MissingPackageError
 from video_ma2mba.model.answer import VideoAnswerer
 from video_ma2mba.model.folder import load_pretrained, save_pretrained
 
@@ -182,6 +182,10 @@ def test_what_is_refused(plugin: ModuleType, folder: Path, monkeypatch: pytest.M
         make(plugin, folder, batch_size=8)
     with pytest.raises(ConfigError, match="dtype='int': give bfloat16"):
         plugin.VideoMa2mbaForLmmsEval(str(folder / "model"), dtype="int")
+    with pytest.raises(ConfigError, match="max_frames=0: give a whole number"):
+        make(plugin, folder, ",max_frames=0")
+    with pytest.raises(ConfigError, match="device='cuda:99' cannot be used"):
+        make(plugin, folder, device="cuda:99")
     model = make(plugin, folder)
     with pytest.raises(ConfigError, match="asks for sampling"):
         model.generate_until([request(0, "What?", do_sample=True)])
@@ -191,3 +195,12 @@ def test_what_is_refused(plugin: ModuleType, folder: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="there are 2 processes; run lmms-eval in one"):
         make(plugin, folder)
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    monkeypatch.delitem(sys.modules, "video_ma2mba.lmms", raising=False)
+    with pytest.raises(
+        MissingPackageError, match=r"video_ma2mba.lmms needs .* 'lmms_eval'.* pip install 'lmms-eval>=0.7'"
+    ):
+        importlib.import_module("video_ma2mba.lmms")

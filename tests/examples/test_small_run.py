@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from video_ma2mba.errors import ConfigError
 from video_ma2mba.small import ablation, report
 from video_ma2mba.small.app import FILES, run
 from video_ma2mba.small.dataset import Data
@@ -63,13 +62,19 @@ def test_a_run_leaves_a_model_and_real_annotations(done: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused(done: Path) -> None:
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(SystemExit, match=r"error: out=.* is not empty"):
         run(["--out", str(done), "--quick", "true"])
 
 
 def test_seeds_must_differ(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="different"):
+    with pytest.raises(SystemExit, match=r"error: seeds=.*different"):
         run(["--out", str(tmp_path / "out"), "--seeds", "[1, 1]"])
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: device='cuda:99' cannot be used here"):
+        run(["--out", str(tmp_path / "out"), "--device", "cuda:99"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_accuracy_counts_videos_as_clusters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from video_ma2mba.command import errors_as_lines
 from video_ma2mba.data.chat import BpeTokenizer
 from video_ma2mba.data.media import IMAGES
 from video_ma2mba.data.records import Media, Prompt
 from video_ma2mba.data.video import probe
-from video_ma2mba.errors import MediaError, ProblemKind, VideoMa2mbaError
-from video_ma2mba.model.answer import VideoAnswerer
+from video_ma2mba.errors import ConfigError, MediaError, ProblemKind
+from video_ma2mba.model.answer import VideoAnswerer, check_limits
+from video_ma2mba.model.device import usable_device
 from video_ma2mba.model.folder import load_pretrained
 
 
@@ -38,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--repetition", type=int, default=5, help="an answer ends before so many tokens that stood in it before"
     )
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--device", help="the GPU if there is one, otherwise the CPU")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the parameters")
     return options
 
@@ -46,15 +49,13 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: list[str] | None = None) -> None:
     """Answer on the standard output; progress goes to the standard error."""
     options = parser().parse_args(arguments)
-    try:
+    with errors_as_lines():
         _ask(options)
-    except VideoMa2mbaError as error:
-        sys.exit(f"error: {error}")
 
 
 def _ask(options: argparse.Namespace) -> None:
-    _check(options.video)
-    model = load_pretrained(options.model, device=options.device, dtype=getattr(torch, options.dtype))
+    device = _check(options)
+    model = load_pretrained(options.model, device=device, dtype=getattr(torch, options.dtype))
     tokenizer = BpeTokenizer.from_folder(options.model)
     with tqdm(unit=" tokens", unit_scale=True, desc=f"reading {options.video.name}") as bar:
 
@@ -101,12 +102,21 @@ def _typed() -> Iterable[str]:
             yield line.strip()
 
 
-def _check(video: Path) -> None:
-    """Find out before the model is loaded that there is nothing to ask about."""
+def _check(options: argparse.Namespace) -> torch.device:
+    """Find out before the model is loaded that an option makes no sense or that there is nothing to ask about."""
+    names = ("max_new_tokens", "max_frames", "segment", "repetition")
+    check_limits(**{name: getattr(options, name) for name in names})
+    start, stop = options.start, options.stop
+    if start is not None and not 0 <= start < math.inf:
+        raise ConfigError(f"start={start}: give seconds, 0 or more")
+    if stop is not None and not (start or 0.0) < stop < math.inf:
+        raise ConfigError(f"stop={stop}: give seconds after the start, {start or 0.0:g}")
+    video: Path = options.video
     if not video.exists():
         raise MediaError(ProblemKind.MISSING, video, "there is no such file or folder")
     if video.is_file() and video.suffix.lower() not in IMAGES:
         probe(video)
+    return usable_device(options.device)
 
 
 if __name__ == "__main__":

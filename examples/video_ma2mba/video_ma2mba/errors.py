@@ -18,6 +18,22 @@ class ConfigError(VideoMa2mbaError, ValueError):
     """Settings that contradict each other or the data."""
 
 
+class MissingPackageError(VideoMa2mbaError, ImportError):
+    """A package that no extra of this one installs is missing, or too old.
+
+    Args:
+        module: what cannot be imported.
+        requirement: what pip installs.
+        purpose: what needs it.
+    """
+
+    def __init__(self, module: str, requirement: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {module!r}, which is not installed, or is too old. "
+            f"Install it with: pip install '{requirement}'"
+        )
+
+
 class ProblemKind(StrEnum):
     """Why a sample cannot be used."""
 

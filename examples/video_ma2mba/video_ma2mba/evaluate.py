@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +10,9 @@ import torch
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
-from magc.errors import MagcError
+from video_ma2mba.command import errors_as_lines
 from video_ma2mba.data.chat import BpeTokenizer
-from video_ma2mba.errors import ConfigError, FormatError, VideoMa2mbaError
+from video_ma2mba.errors import ConfigError, FormatError
 from video_ma2mba.evaluation.choices import LongVideoBench, MVBench, Prompts, VideoMME
 from video_ma2mba.evaluation.identity import ModelIdentity, readable_name
 from video_ma2mba.evaluation.judges import DEFAULT_TEMPLATES, ExactJudge, Judge, OpenAIJudge, ReplayJudge
@@ -22,7 +21,8 @@ from video_ma2mba.evaluation.open_ended import ActivityNetQA, VideoChatGPT
 from video_ma2mba.evaluation.questions import Benchmark
 from video_ma2mba.evaluation.report import markdown
 from video_ma2mba.evaluation.run import check_run, evaluate
-from video_ma2mba.model.answer import VideoAnswerer, name_with_frames
+from video_ma2mba.model.answer import VideoAnswerer, check_limits, name_with_frames
+from video_ma2mba.model.device import usable_device
 from video_ma2mba.model.folder import load_pretrained
 
 BenchmarkName = Literal["videomme", "longvideobench", "mvbench", "activitynetqa", "videochatgpt"]
@@ -118,11 +118,12 @@ def main(
         dtype: of the parameters.
         on_problem: stop at a video that cannot be used, or skip its questions.
     """
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_limits(segment=segment, max_frames=max_frames)
+    place = usable_device(device)
     asked = make_benchmark(benchmark, annotations, videos, prompts)
     asked_judge = make_judge(judge, url=judge_url, templates=judge_templates, threshold=judge_threshold)
     identity, shown = ModelIdentity.of_folder(model, dtype=dtype, max_frames=max_frames), name or readable_name(model)
-    check_run(asked, name_with_frames(shown, max_frames), identity, out)
+    check_run(asked, name_with_frames(shown, max_frames), identity, out, on_problem)
     answerer = VideoAnswerer(
         load_pretrained(model, device=place, dtype=getattr(torch, dtype)),
         BpeTokenizer.from_folder(model),
@@ -152,10 +153,8 @@ def main(
 
 def run(arguments: list[str] | None = None) -> None:
     """`main` with arguments of the command line, which may come from a YAML file (`--config`)."""
-    try:
+    with errors_as_lines():
         auto_cli(main, args=arguments, as_positional=False)
-    except (VideoMa2mbaError, MagcError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
-from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from video_ma2mba.data.chat import BpeTokenizer
 from video_ma2mba.data.records import Media, Prompt
-from video_ma2mba.errors import ConfigError
-from video_ma2mba.model.answer import VideoAnswerer
+from video_ma2mba.errors import ConfigError, MissingPackageError
+from video_ma2mba.model.answer import VideoAnswerer, check_limits
+from video_ma2mba.model.device import usable_device
 from video_ma2mba.model.folder import load_pretrained
+
+try:
+    from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
+    from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
+except ImportError as error:
+    raise MissingPackageError("lmms_eval", "lmms-eval>=0.7", __name__) from error
 
 _ALONE = "run lmms-eval in one process: it reads a video once for all its questions"
 
@@ -45,7 +50,8 @@ class VideoMa2mbaForLmmsEval(lmms):
         segment: tokens read at once.
 
     Raises:
-        ConfigError: another batch size, or several processes. FormatError: the folder is not a model's.
+        ConfigError: another batch size, several processes, a limit below 1, or a device that cannot be used.
+        FormatError: the folder is not a model's.
     """
 
     is_simple = True
@@ -67,9 +73,9 @@ class VideoMa2mbaForLmmsEval(lmms):
             raise ConfigError(f"there are {world} processes; {_ALONE}")
         if dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"dtype={dtype!r}: give bfloat16 or float32")
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_limits(segment=segment, max_frames=max_frames)
         self._answerer = VideoAnswerer(
-            load_pretrained(pretrained, device=place, dtype=getattr(torch, dtype)),
+            load_pretrained(pretrained, device=usable_device(device), dtype=getattr(torch, dtype)),
             BpeTokenizer.from_folder(pretrained),
             segment=segment,
             max_frames=max_frames,

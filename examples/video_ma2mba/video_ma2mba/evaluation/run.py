@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from video_ma2mba.data.records import Media, Prompt
-from video_ma2mba.errors import ConfigError, FormatError, MediaError
+from video_ma2mba.errors import ConfigError, FormatError, MediaError, ProblemKind
 from video_ma2mba.evaluation.identity import ModelIdentity
 from video_ma2mba.evaluation.jsonl import append_line, read_lines
 from video_ma2mba.evaluation.judges import Judge, SavedVerdicts
@@ -136,19 +136,40 @@ def evaluate(
     return result
 
 
-def check_run(benchmark: Benchmark, name: str, identity: ModelIdentity, folder: str | os.PathLike[str]) -> None:
-    """Find out, before a model is loaded, that a run cannot begin or go on in a folder. Nothing is written.
+def check_run(
+    benchmark: Benchmark,
+    name: str,
+    identity: ModelIdentity,
+    folder: str | os.PathLike[str],
+    on_problem: Literal["stop", "skip"] = "stop",
+) -> None:
+    """Find out, before a model is loaded, that a run cannot begin, go on or end.
 
     Args:
         benchmark: what is asked.
         name: of the model, for readers.
         identity: of the model.
         folder: of the run; it need not be there.
+        on_problem: see `evaluate`. Videos of questions that are answered already are not looked for.
 
     Raises:
-        FormatError: the benchmark's questions are malformed, or there are none. ConfigError: the folder holds another run.
+        FormatError: the benchmark's questions are malformed, or there are none.
+        ConfigError: the folder holds another run or is a file, or, with "skip", none of the videos is there.
+        MediaError: with "stop", some videos are not there.
     """
-    _compare(Path(folder), _run_of(benchmark, name, identity, _questions(benchmark)))
+    path, questions = Path(folder), _questions(benchmark)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file; give a folder (--out)")
+    _compare(path, _run_of(benchmark, name, identity, questions))
+    answered = {str(line["id"]) for line in read_lines(path / _RESPONSES)}
+    wanted = {question.media.path for question in questions if question.id not in answered}
+    missing = sorted(each for each in wanted if not each.exists())
+    counted = f"{len(missing)} of {len(wanted)} videos of {benchmark.name} are not there"
+    if missing and on_problem == "stop":
+        remedy = "check the folder of videos (--videos), or leave their questions out with --on_problem skip"
+        raise MediaError(ProblemKind.MISSING, missing[0], f"{counted}; {remedy}")
+    if not answered and len(missing) == len(wanted):
+        raise ConfigError(f"{counted}, e.g. {missing[0]}; check the folder of videos (--videos)")
 
 
 def _questions(benchmark: Benchmark) -> list[Question]:

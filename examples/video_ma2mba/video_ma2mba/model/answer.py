@@ -52,8 +52,7 @@ class VideoAnswerer:
         repetition: int = 5,
         progress: Progress | None = None,
     ) -> None:
-        if segment < 1 or repetition < 1:
-            raise ConfigError(f"segment={segment} and repetition={repetition} must be at least 1")
+        check_limits(segment=segment, repetition=repetition, max_frames=max_frames)
         self.name = name_with_frames(name, max_frames)
         self._model, self._tokenizer = model, tokenizer
         self._segment, self._repetition, self._progress = segment, repetition, progress
@@ -108,6 +107,17 @@ class VideoAnswerer:
                 break
             ids = ids.new_tensor([token])
         return self._tokenizer.decode(found).strip()
+
+
+def check_limits(**limits: int | None) -> None:
+    """Check numbers of frames or tokens by the names of their options; None is no limit.
+
+    Raises:
+        ConfigError: one is not a whole number from 1 on.
+    """
+    for name, limit in limits.items():
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ConfigError(f"{name}={limit!r}: give a whole number, at least 1")
 
 
 def name_with_frames(name: str, max_frames: int | None) -> str:

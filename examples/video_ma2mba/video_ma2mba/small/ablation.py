@@ -21,6 +21,7 @@ import torch
 from jsonargparse import auto_cli
 
 from magc.errors import MissingExtraError
+from video_ma2mba.command import errors_as_lines
 from video_ma2mba.errors import ConfigError
 from video_ma2mba.evaluation.questions import Mean
 from video_ma2mba.small.dataset import Data, write_data
@@ -235,4 +236,5 @@ def _name(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with errors_as_lines():
+        auto_cli(main, as_positional=False)

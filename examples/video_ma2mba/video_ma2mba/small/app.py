@@ -9,8 +9,10 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from magc.errors import MissingExtraError
+from video_ma2mba.command import errors_as_lines
 from video_ma2mba.data.chat import BpeTokenizer
 from video_ma2mba.errors import ConfigError
+from video_ma2mba.model.device import usable_device
 from video_ma2mba.model.folder import load_pretrained
 from video_ma2mba.small.pipeline import SeedResult, device_of, run_seed
 from video_ma2mba.small.settings import BASE, Settings
@@ -42,7 +44,8 @@ def run_all(settings: Settings) -> list[SeedResult]:
     """All seeds, shown on the screen and written to `settings.out`.
 
     Raises:
-        ConfigError: the folder holds something else. MissingExtraError: what draws or shows is not installed.
+        ConfigError: the folder holds something else, or the device cannot be used.
+        MissingExtraError: what draws or shows is not installed.
     """
     for module in ("rich", "matplotlib"):
         if importlib.util.find_spec(module) is None:
@@ -51,6 +54,7 @@ def run_all(settings: Settings) -> list[SeedResult]:
         raise ConfigError(f"seeds={list(settings.seeds)}: give one or more different ones")
     if settings.out.exists() and any(settings.out.iterdir()):
         raise ConfigError(f"out={settings.out} is not empty; give a new folder, or remove this one")
+    usable_device(settings.device)
     from magc.demo.screen import Screen
     from video_ma2mba.small import figures, report
 
@@ -96,4 +100,5 @@ def describe(settings: Settings) -> str:
 
 def run(arguments: list[str] | None = None) -> None:
     """`main` with arguments of the command line, which may come from a YAML file (`--config`)."""
-    auto_cli(main, args=arguments, as_positional=False)
+    with errors_as_lines():
+        auto_cli(main, args=arguments, as_positional=False)

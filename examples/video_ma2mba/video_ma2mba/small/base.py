@@ -11,6 +11,7 @@ import torch
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
+from video_ma2mba.command import errors_as_lines
 from video_ma2mba.data.chat import BpeTokenizer
 from video_ma2mba.errors import ConfigError
 from video_ma2mba.model.config import VideoMa2mbaConfig
@@ -88,4 +89,5 @@ def _tell(bar: tqdm, count: int, news: str) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with errors_as_lines():
+        auto_cli(main, as_positional=False)
