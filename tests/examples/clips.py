@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,21 @@ def write_clip(path: Path, seconds: float, height: int = 32, width: int = 48, **
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, grey_frames(seconds, height, width), rate=RATE, **options)
     return path
+
+
+def moving_frames(count: int, height: int = 64, width: int = 96) -> Iterator[NDArray[np.uint8]]:
+    """Noise that moves, which takes bytes to encode: damage anywhere in a file hits a picture."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for index in range(count):
+        yield np.roll(noise, 3 * index, axis=1)
+
+
+def damage(path: Path, first: float, last: float) -> None:
+    """Overwrite the bytes of a file between two shares of its length."""
+    content = bytearray(path.read_bytes())
+    start, stop = (round(share * len(content)) for share in (first, last))
+    content[start:stop] = random.Random(1).randbytes(stop - start)
+    path.write_bytes(content)
 
 
 def seconds_of(pixels: Tensor, count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.examples.clips import seconds_of, write_clip
+from tests.examples.clips import RATE, damage, moving_frames, seconds_of, write_clip
 from tests.examples.tiny import make_tokenizer, talk
 from video_ma2mba.data.batch import Batch, Example, VideoTokens, collate, pack_frames, unpack_frames
 from video_ma2mba.data.chat import IGNORED, NO_FRAME, ChatEncoder
+from video_ma2mba.data.encode import write_video
 from video_ma2mba.data.frames import HostFrames
 from video_ma2mba.data.loader import Loader, Preparation
 from video_ma2mba.data.media import MediaOptions, open_media
@@ -260,6 +262,19 @@ def test_streamed_media(folder: Path) -> None:
     held = open_media(Media(folder / "five.mp4", 1.0, 4.0), PREPARE.media)
     streamed = open_media(Media(folder / "five.mp4", 1.0, 4.0), MediaOptions(FrameTransform(SIZE), stream=True))
     assert torch.equal(held.read(0, 3), streamed.read(0, 3))
+
+
+def test_streamed_media_are_checked_before_they_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.mp4"
+    write_video(path, moving_frames(80), rate=RATE)
+    damage(path, 0.5, 0.55)
+    options = MediaOptions(FrameTransform(SIZE), stream=True)
+    late = open_media(Media(path), options)
+    assert len(late.read(0, 5)) == 5
+    with pytest.raises(MediaError, match="decoding error"):
+        late.read(5, 20)
+    with pytest.raises(MediaError, match="decoding error"):
+        open_media(Media(path), replace(options, check=True))
 
 
 def test_batches_are_the_same_with_threads(folder: Path) -> None:

@@ -15,15 +15,16 @@ import torch
 from torch.nn import functional
 
 from magc.errors import BudgetError, MissingExtraError
-from tests.examples.clips import write_clip
+from tests.examples.clips import RATE, damage, moving_frames, write_clip
 from tests.examples.runs import RATES, lines, make_run, record, weights, write_world
 from tests.examples.tiny import make_tokenizer
+from video_ma2mba.data.encode import write_video
 from video_ma2mba.data.frames import Frames
 from video_ma2mba.data.llava import read_llava
 from video_ma2mba.data.loader import Loader, Preparation
 from video_ma2mba.data.media import MediaOptions, open_media
 from video_ma2mba.data.records import Media
-from video_ma2mba.errors import ConfigError, FormatError, MediaError
+from video_ma2mba.errors import ConfigError, FormatError, MediaError, ProblemKind
 from video_ma2mba.model.folder import load_pretrained
 from video_ma2mba.train import parse, run
 from video_ma2mba.training import sources
@@ -174,6 +175,16 @@ def test_unusable_samples_are_in_the_log(tmp_path: Path) -> None:
     with pytest.raises(MediaError):
         train(make_run(world, tmp_path / "stopped", data={"on_problem": "stop"}))
     assert "unreadable file" in lines(tmp_path / "stopped", "stop")[0]["reason"]
+
+
+def test_streamed_videos_that_are_damaged_are_left_out(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    write_video(world / "videos" / "0.mp4", moving_frames(80), rate=RATE)
+    damage(world / "videos" / "0.mp4", 0.5, 0.55)
+    result = train(make_run(world, tmp_path / "run", data={"stream": True}))
+    assert [(problem.sample, problem.kind) for problem in result.problems] == [("v0", ProblemKind.DECODE)]
+    with pytest.raises(MediaError, match=r"decoding error: .*0\.mp4"):
+        train(make_run(world, tmp_path / "strict", data={"stream": True, "on_problem": "stop"}))
 
 
 def test_sources(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from magc.meter import MemoryMeter
-from tests.examples.clips import RATE, seconds_of, write_clip
+from tests.examples.clips import RATE, damage, grey, moving_frames, seconds_of, write_clip
 from video_ma2mba.data.encode import write_video
 from video_ma2mba.data.frames import HostFrames, JoinedFrames, StreamedFrames, read_video
 from video_ma2mba.data.transform import FrameTransform
@@ -187,6 +188,105 @@ def test_cut_off(tmp_path: Path) -> None:
     assert problem(cut) in (ProblemKind.TRUNCATED, ProblemKind.DECODE)
     with pytest.raises(MediaError):
         StreamedFrames(cut, SMALL).read(0, 40)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".mp4", "libx264"), (".mkv", "libx264"), (".ts", "libx264"), (".avi", "mpeg4")]
+)
+@pytest.mark.parametrize(("first", "last"), [(0.35, 0.4), (0.5, 0.52)])
+def test_damaged_in_the_middle(tmp_path: Path, suffix: str, codec: str, first: float, last: float) -> None:
+    """By default decoders patch such pictures up and say nothing."""
+    path = tmp_path / f"clip{suffix}"
+    write_video(path, moving_frames(80), rate=RATE, codec=codec)
+    assert len(read_video(path, SMALL)) == 20
+    damage(path, first, last)
+    assert problem(path) is ProblemKind.DECODE
+
+
+def test_a_damaged_first_key_frame(tmp_path: Path) -> None:
+    """Frames before the first key frame may be missing, but not that one, though later ones can be decoded."""
+    path = tmp_path / "clip.mp4"
+    write_video(path, moving_frames(80), rate=RATE, options={"g": "8"})
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    content[start : start + 4000] = b"\xff" * 4000
+    path.write_bytes(content)
+    assert problem(path) is ProblemKind.DECODE
+    assert len(read_video(path, SMALL, start=15)) == 5
+
+
+def test_cut_off_matroska(tmp_path: Path) -> None:
+    """It states no duration of its pictures, but where the file ends."""
+    path = tmp_path / "clip.mkv"
+    write_video(path, moving_frames(80), rate=RATE)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    assert probe(path).duration == 20
+    assert problem(path) is ProblemKind.TRUNCATED
+    assert len(read_video(path, SMALL, stop=8)) == 8
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+@pytest.mark.parametrize(("begins", "sound"), [(0, 9), (3, 9), (0, 2)])
+def test_sound_of_another_length(tmp_path: Path, suffix: str, begins: int, sound: int) -> None:
+    """Pictures from second `begins` on for 5 seconds, in a file whose sound is shorter or longer."""
+    path = tmp_path / f"clip{suffix}"
+    with av.open(str(path), "w") as container:
+        stream, track = container.add_stream("libx264", rate=RATE), container.add_stream("aac", rate=8000)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        track.layout = "mono"
+        for index, pixels in enumerate(moving_frames(5 * RATE)):
+            frame = av.VideoFrame.from_ndarray(pixels)
+            frame.pts, frame.time_base = begins * RATE + index, Fraction(1, RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        for index in range(sound * 8000 // 1000):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), format="fltp", layout="mono")
+            samples.sample_rate, samples.pts, samples.time_base = 8000, 1000 * index, Fraction(1, 8000)
+            container.mux(track.encode(samples))
+        container.mux(track.encode())
+    assert probe(path).duration == pytest.approx(5, abs=0.05)
+    assert len(read_video(path, SMALL)) == 5
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_frames_at_uneven_times(tmp_path: Path, suffix: str) -> None:
+    path, times = tmp_path / f"clip{suffix}", [0, 1, 2, 24, 25, 44]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), grey(number), np.uint8))
+            frame.pts, frame.time_base = time, Fraction(1, RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    found = read_video(path, SMALL)
+    assert seconds_of(found.read(0, len(found)), 6) == [0, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5]
+
+
+OPEN_GOP = {"x264-params": "open-gop=1:keyint=8:bframes=3:scenecut=0"}
+
+
+def test_seeking_before_pictures_that_lack_references(tmp_path: Path) -> None:
+    path = tmp_path / "open.mp4"
+    write_video(path, moving_frames(30 * RATE), rate=RATE, options=OPEN_GOP)
+    whole = read_video(path, SMALL).read(0, 30)
+    for start in range(11, 30):
+        assert torch.equal(read_video(path, SMALL, start=start, stop=start + 1).read(0, 1)[0], whole[start])
+
+
+@pytest.mark.parametrize("options", [{"g": "4"}, {"x264-params": "open-gop=1:keyint=4:bframes=2:scenecut=0"}])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_recordings_that_begin_between_key_frames(tmp_path: Path, suffix: str, options: dict[str, str]) -> None:
+    whole, path = tmp_path / "whole.mp4", tmp_path / f"late{suffix}"
+    write_video(whole, moving_frames(80), rate=RATE, options=options)
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for number, packet in enumerate(source.demux(stream)):
+            if packet.dts is not None and number >= 2:
+                packet.stream = copy
+                target.mux(packet)
+    assert len(read_video(path, SMALL)) in (19, 20)
 
 
 def test_clip_outside_the_video(clip: Path) -> None:

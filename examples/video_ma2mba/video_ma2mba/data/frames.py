@@ -99,6 +99,15 @@ class StreamedFrames:
         self._held = start, pixels
         return pixels
 
+    def check(self) -> None:
+        """Decode all frames once and hold none, so that damage shows up before they are used.
+
+        Raises:
+            MediaError: as `read`.
+        """
+        for _ in frames_at(self._path, self._times, self._transform):
+            pass
+
     def _kept(self, start: int, stop: int) -> list[Tensor]:
         """Those of the frames from `start` on that the last call left."""
         if self._held is None:

@@ -29,6 +29,7 @@ class MediaOptions:
         max_frames: most frames of one medium, evenly spread; None for all.
         stream: decode videos when their frames are asked for, instead of holding them in host memory. Errors inside a
             video then show up late.
+        check: decode such a video once more when it is opened, so that they show up then.
         folder_fps: rate of the frames in a folder (MVBench's TVQA has 3 a second).
     """
 
@@ -36,6 +37,7 @@ class MediaOptions:
     fps: float = 1.0
     max_frames: int | None = None
     stream: bool = False
+    check: bool = False
     folder_fps: float = 3.0
 
 
@@ -50,7 +52,7 @@ def open_media(media: Media, options: MediaOptions) -> Frames:
     if media.path.suffix.lower() in IMAGES:
         return HostFrames(read_image(media.path, options.transform)[None])
     read = StreamedFrames if options.stream else read_video
-    return read(
+    frames = read(
         media.path,
         options.transform,
         fps=options.fps,
@@ -58,6 +60,9 @@ def open_media(media: Media, options: MediaOptions) -> Frames:
         stop=media.stop,
         max_frames=options.max_frames,
     )
+    if options.check and isinstance(frames, StreamedFrames):
+        frames.check()
+    return frames
 
 
 def read_image(path: Path, transform: FrameTransform) -> torch.Tensor:

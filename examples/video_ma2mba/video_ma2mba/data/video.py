@@ -15,6 +15,7 @@ import av
 import av.error
 import torch
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -27,6 +28,8 @@ SEEK_SECONDS = 10.0
 """Frames further apart than this are sought; nearer ones are reached by decoding on."""
 SLACK_SECONDS = 1.0
 """How far a file's stated duration may reach beyond its last frame before it counts as truncated."""
+STRICT = {"err_detect": "explode"}
+"""Decoders fail at what breaks their format; by default they patch it up and hand out a wrong picture."""
 _EPSILON = 1e-6
 
 
@@ -189,6 +192,7 @@ def _opened(path: str | PathLike[str]) -> Generator[tuple[InputContainer, VideoS
             raise MediaError(ProblemKind.NO_VIDEO, path, "the file has no video stream")
         video = cast(VideoStream, stream)
         video.thread_type = "AUTO"
+        video.codec_context.options = STRICT
         yield container, video
 
 
@@ -196,21 +200,36 @@ def _duration(path: str | PathLike[str], container: InputContainer, stream: Vide
     base = float(stream.time_base or 1)
     if stream.duration:
         return stream.duration * base
-    # The container's duration is that of its longest stream, often the sound.
-    end, packets = 0.0, 0
+    # Matroska states the end of its longest stream, often the sound: the picture's is its last packet's.
+    end, last, packets = 0.0, 0.0, 0
     try:
-        for packet in container.demux(stream):
+        for packet in container.demux():
             if not packet.size:
                 continue
-            packets += 1
-            if packet.pts is not None:
-                end = max(end, (packet.pts + (packet.duration or 0)) * base - _origin(stream))
+            stop = None
+            if packet.pts is not None and packet.time_base is not None:
+                stop = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                last = max(last, stop)
+            if packet.stream_index == stream.index:
+                packets += 1
+                end = end if stop is None else max(end, stop - _origin(stream))
     except av.error.FFmpegError as error:
         raise MediaError(ProblemKind.UNREADABLE, path, f"reading its packets failed ({error})") from error
     if not packets:
         raise MediaError(ProblemKind.EMPTY, path, "the video stream has no packet")
+    stated = _stated_end(container)
+    if stated > last + SLACK_SECONDS:
+        # No stream reaches it: the file was cut off. Who asks for frames beyond the cut is told so.
+        end = max(end, stated - _origin(stream))
     rate = stream.average_rate or stream.guessed_rate
     return end or (packets / float(rate) if rate else 1.0)
+
+
+def _stated_end(container: InputContainer) -> float:
+    """The second at which a header says that the file ends; 0 where FFmpeg only estimates it from what is there."""
+    if container.duration is None or "matroska" not in container.format.name:
+        return 0.0
+    return container.duration / av.time_base
 
 
 def _origin(stream: VideoStream) -> float:
@@ -259,13 +278,21 @@ def _timed_frames(
     if first > SEEK_SECONDS:
         _seek(container, stream, first)
         frames = _stamped(path, container, stream)
-        head = next(frames, None)
+        head = None
+        with suppress(MediaError):  # found again from the start, if it is damage
+            head = next(frames, None)
         if head is not None and head[1].pts is not None and head[0] <= first + _EPSILON:
             yield head
             yield from frames
             return
-        _seek(container, stream, 0.0)  # an index that leads past the goal, or frames without time stamps
-    yield from _stamped(path, container, stream)
+        _seek(container, stream, 0.0)  # an index that leads past the goal or into it, or frames without time stamps
+    frames = _stamped(path, container, stream)
+    head = next(frames, None)
+    if head is not None:
+        if head[0] > SLACK_SECONDS:
+            raise MediaError(ProblemKind.DECODE, path, f"before second {head[0]:.3f} no picture is whole")
+        yield head
+    yield from frames
 
 
 def _seek(container: InputContainer, stream: VideoStream, seconds: float) -> None:
@@ -279,12 +306,42 @@ def _stamped(
     origin, step = _origin(stream), 1 / float(stream.average_rate or stream.guessed_rate or 25)
     time = -step
     try:
-        for frame in container.decode(stream):
+        for frame in _whole_frames(container, stream):
             # Frames without a time stamp follow at the average rate.
             time = time + step if frame.time is None else float(frame.time) - origin
             yield time, frame
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, _DamageError) as error:
         raise MediaError(ProblemKind.DECODE, path, f"after second {max(time, 0.0):.3f}: {error}") from error
+
+
+class _DamageError(Exception):
+    """What the decoder passes over and would hand out a wrong picture for."""
+
+
+def _whole_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Frames from the first key frame on.
+
+    Recordings begin anywhere, and so does a video after seeking: pictures that come before the first key frame, or are
+    shown before it, lack what they refer to, and that is no damage.
+
+    Raises:
+        FFmpegError, _DamageError: the key frame or what follows it is damaged.
+    """
+    key: Packet | None = None
+    for packet in container.demux(stream):
+        key = packet if key is None and packet.is_keyframe else key
+        if packet.size and (key is None or _earlier(packet, key)):
+            continue
+        if packet.size and packet.is_corrupt:
+            raise _DamageError("a packet is damaged or lacks a part")
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise _DamageError("a picture is damaged")
+            yield frame
+
+
+def _earlier(packet: Packet, key: Packet) -> bool:
+    return packet.pts is not None and key.pts is not None and packet.pts < key.pts
 
 
 def _picture(frame: VideoFrame, transform: FrameTransform, reformatter: VideoReformatter) -> Tensor:

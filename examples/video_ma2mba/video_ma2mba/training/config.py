@@ -100,7 +100,8 @@ class DataConfig:
         batch_size: sequences of a micro-batch of one rank.
         multiple: lengths are padded to a multiple of this, so that few different ones are planned for.
         workers: threads that decode ahead; 0 decodes when asked.
-        stream: decode frames when the stem asks for them, instead of holding a sample's frames in host memory.
+        stream: decode frames when the stem asks for them, instead of holding a sample's frames in host memory; with
+            on_problem="skip" a video is decoded once more when it is opened, to find damage before a step begins.
         cache: bytes of host memory, e.g. "1GiB", for decoded media that stay for other samples and later epochs.
         on_problem: leave out files that cannot be used and report them, or stop.
     """

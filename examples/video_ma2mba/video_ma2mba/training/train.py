@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -283,6 +283,8 @@ def _loader(
     if tokenizer.size > vocabulary:
         raise ConfigError(f"the tokenizer has {tokenizer.size} tokens, the language model {vocabulary}; they don't fit")
     media = model.media_options(max_frames=data.max_frames, stream=data.stream)
+    # A sample that turns out damaged in the middle of a step can no longer be left out of it.
+    media = replace(media, check=data.on_problem == "skip")
     opened = open_media if data.cache is None else KeptMedia(parse_bytes(data.cache))
     return Loader(
         samples,
