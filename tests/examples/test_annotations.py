@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from video_ma2mba.data.llava import group_by_media, read_llava, read_llava_video_178k
-from video_ma2mba.data.records import Media, Sample, Turn, read_records
+from video_ma2mba.data.records import Media, Record, Sample, Turn, read_records
 from video_ma2mba.data.scenewalk import read_scenewalk_v1, read_scenewalk_v2
 from video_ma2mba.errors import FormatError
 
@@ -85,11 +85,13 @@ def test_malformed_llava(tmp_path: Path, record: Any, message: str) -> None:
         ("x.json", "{", "not valid JSON"),
         ("x.json", "{}", "must hold a list"),
         ("x.jsonl", "{}\n{", "line 2 is not valid JSON"),
+        ("x.jsonl", b"{}\n\xff\xfe\n", "line 2 is not valid JSON"),
+        ("x.json", b"[\xff]", "not valid JSON"),
         ("x.csv", "", "not a format"),
     ],
 )
-def test_malformed_files(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
+def test_malformed_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(FormatError, match=message):
         list(read_records(tmp_path / name))
 
@@ -192,6 +194,37 @@ def test_scenewalk_v1(tmp_path: Path) -> None:
 def test_malformed_scenewalk(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         list(read_scenewalk_v2(write(tmp_path / "x.jsonl", [{**V2, **change}]), "/m"))
+
+
+def test_malformed_records_are_left_out_and_told(tmp_path: Path) -> None:
+    told: list[tuple[Any, str]] = []
+
+    def tell(record: Record, error: FormatError) -> None:
+        told.append((record.get("id"), str(error)))
+
+    good = {"id": "good", "conversations": talk("q", "a")}
+    system = [{"from": "system", "value": "s"}, *talk("q", "a")]
+    bad = [
+        {"id": "empty", "conversations": []},
+        {"id": "system", "conversations": system},
+        {"id": "shown", "image": "a.jpg", "conversations": talk("q", "<image>")},
+    ]
+    found = list(read_llava(write(tmp_path / "x.json", [bad[0], good, *bad[1:]]), "/m", on_malformed=tell))
+    assert found == [chat("good", None, "q", "a")]
+    assert [name for name, _ in told] == ["empty", "system", "shown"]
+    assert [f"record {number}" in text for number, (_, text) in zip((0, 2, 3), told, strict=True)] == [True] * 3
+
+    url = "https://www.youtube.com/watch?v=abc"
+    rows = [v1_row(url, 0, 50, "first"), v1_row(url, 50, 50, "nothing"), v1_row(url, 50, 90, "later")]
+    (sample,) = read_scenewalk_v1(write(tmp_path / "train.jsonl", rows), "/m", on_malformed=tell)
+    assert [turn.text for turn in sample.turns] == ["", "first", "", "later"]
+    assert "row 1: a scene from second 5.000 to 5.000 holds nothing" in told[-1][1]
+
+    records = [{**V2, "id": "bad", "scenes": [3, 4]}, V2]
+    (sample,) = read_scenewalk_v2(write(tmp_path / "two.jsonl", records), "/m", on_malformed=tell)
+    assert sample.id == "abc"
+    assert told[-1][0] == "bad"
+    assert "scenes[0] must be an object" in told[-1][1]
 
 
 def test_names_in_urls_stay_in_their_folder(tmp_path: Path) -> None:

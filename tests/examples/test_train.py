@@ -177,6 +177,43 @@ def test_unusable_samples_are_in_the_log(tmp_path: Path) -> None:
     assert "unreadable file" in lines(tmp_path / "stopped", "stop")[0]["reason"]
 
 
+def test_malformed_records_are_left_out(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    records = json.loads((world / "train.json").read_text())
+    bad = {"id": "v0", "conversations": []}
+    (world / "train.json").write_text(json.dumps([*records, bad, bad]))
+    out = tmp_path / "run"
+    result = train(make_run(world, out, steps=2))
+    assert [(problem.sample, problem.kind) for problem in result.problems] == [("v0", ProblemKind.MALFORMED)] * 2
+    assert [line["detail"].split(": ")[1][:8] for line in lines(out, "problem")] == ["record 6", "record 7"]
+    assert lines(out, "start")[0]["malformed"] == 2
+    assert lines(out, "end")[0]["data"].startswith("2 malformed records were left out, e.g. ")
+    with pytest.raises(FormatError, match="record 6 has an empty conversation"):
+        train(make_run(world, tmp_path / "strict", data={"on_problem": "stop"}))
+    (world / "train.json").write_text(json.dumps([bad]))
+    with pytest.raises(FormatError, match=r"all 1 records are malformed; the first: .* empty conversation"):
+        train(make_run(world, tmp_path / "none"))
+
+
+def test_problems_of_samples_with_one_id_are_told_apart(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    records = json.loads((world / "train.json").read_text())
+    records += [record("same", "q", "a", video="none.mp4") for _ in range(2)]
+    (world / "train.json").write_text(json.dumps(records))
+    out = tmp_path / "run"
+    config = make_run(world, out, steps=4)
+
+    def kill(step: int, _: object) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=kill)
+    train(config)
+    assert sorted(line["index"] for line in lines(out, "problem")) == [6, 7]
+    assert lines(out, "problem")[0]["sample"] == lines(out, "problem")[1]["sample"] == "same"
+
+
 def test_streamed_videos_that_are_damaged_are_left_out(tmp_path: Path) -> None:
     world = write_world(tmp_path)
     write_video(world / "videos" / "0.mp4", moving_frames(80), rate=RATE)

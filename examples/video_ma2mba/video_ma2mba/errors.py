@@ -44,6 +44,7 @@ class ProblemKind(StrEnum):
     DECODE = "decoding error"
     TRUNCATED = "truncated"
     RANGE = "clip outside the video"
+    MALFORMED = "malformed record"
     TOO_LONG = "too long"
     NOTHING_TO_LEARN = "no answer"
 

@@ -9,28 +9,46 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
-from video_ma2mba.data.records import Media, Record, Role, Sample, Turn, check_turns, field, read_records
+from video_ma2mba.data.records import (
+    Media,
+    OnMalformed,
+    Record,
+    Role,
+    Sample,
+    Turn,
+    check_turns,
+    field,
+    made,
+    read_records,
+)
 from video_ma2mba.errors import FormatError
 
 _PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
 _ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def read_llava(path: str | PathLike[str], media_root: str | PathLike[str]) -> Iterator[Sample]:
+def read_llava(
+    path: str | PathLike[str], media_root: str | PathLike[str], *, on_malformed: OnMalformed | None = None
+) -> Iterator[Sample]:
     """Samples of a LLaVA file.
 
     Args:
         path: a `.json` list or `.jsonl`.
         media_root: the folder that the records' `image` and `video` are relative to.
+        on_malformed: told of malformed records, which are left out; None raises.
 
     Raises:
-        FormatError: a record is malformed; media are not looked for.
+        FormatError: the file cannot be read, or a record is malformed; media are not looked for.
     """
     for number, record in enumerate(read_records(path)):
-        yield llava_sample(f"{path}: record {number}", record, Path(media_root))
+        make = partial(llava_sample, f"{path}: record {number}", record, Path(media_root))
+        sample = made(make, record, on_malformed)
+        if sample is not None:
+            yield sample
 
 
 def read_llava_video_178k(
@@ -38,6 +56,7 @@ def read_llava_video_178k(
     media_root: str | PathLike[str] | None = None,
     *,
     kinds: Iterable[str] = ("cap", "oe", "mc"),
+    on_malformed: OnMalformed | None = None,
 ) -> Iterator[Sample]:
     """Samples of a local copy of LLaVA-Video-178K, with the NeXT-QA, ActivityNetQA and PerceptionTest that come with it.
 
@@ -45,6 +64,7 @@ def read_llava_video_178k(
         root: holds one folder per source, each with files named `*_{kind}*_processed.json`.
         media_root: where the archives were unpacked; None is each source's own folder.
         kinds: captions ("cap"), open-ended questions ("oe"), multiple choice ("mc").
+        on_malformed: as in `read_llava`.
 
     Raises:
         FormatError: there is no such file, or a record is malformed.
@@ -60,7 +80,7 @@ def read_llava_video_178k(
             f"{root} holds no */*_processed.json of the kinds {sorted(wanted)}; unpack LLaVA-Video-178K there"
         )
     for path in files:
-        yield from read_llava(path, path.parent if media_root is None else media_root)
+        yield from read_llava(path, path.parent if media_root is None else media_root, on_malformed=on_malformed)
 
 
 def llava_sample(where: str, record: Record, media_root: Path) -> Sample:

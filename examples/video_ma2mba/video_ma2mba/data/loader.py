@@ -24,12 +24,21 @@ OnProblem = Literal["skip", "stop"]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A sample that could not be used."""
+    """A sample that could not be used.
+
+    Attributes:
+        sample: its id, which others may have too.
+        kind: why.
+        path: of the file.
+        detail: what was found.
+        index: its number among the samples; None for a malformed record, which never became one.
+    """
 
     sample: str
     kind: ProblemKind
     path: str
     detail: str
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ class Loader:
                 if self._on_problem == "stop":
                     error.add_note(f"sample {sample.id}; on_problem='skip' goes on with the next")
                     raise
-                self._problems[index] = Problem(sample.id, error.kind, error.path, error.detail)
+                self._problems[index] = Problem(sample.id, error.kind, error.path, error.detail, index)
         raise ConfigError(f"no sample can be used: {self.report()}")
 
     def _make_order(self, epoch: int) -> list[int]:

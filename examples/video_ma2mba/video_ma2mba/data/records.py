@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from video_ma2mba.errors import FormatError
 
 Role = Literal["user", "assistant"]
 Form = Literal["chat", "interleaved"]
 Record = Mapping[str, Any]
+OnMalformed = Callable[[Record, FormatError], None]
+"""Told of a record that cannot be used and what is wrong with it; the reader leaves it out."""
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,21 @@ def read_records(path: str | PathLike[str]) -> Iterator[Record]:
         yield cast(Record, record)
 
 
+def made(make: Callable[[], Made], record: Record, on_malformed: OnMalformed | None) -> Made | None:
+    """What is made of a record, or None if it is malformed and someone was told.
+
+    Raises:
+        FormatError: it is malformed and there is no one to tell.
+    """
+    try:
+        return make()
+    except FormatError as error:
+        if on_malformed is None:
+            raise
+        on_malformed(record, error)
+        return None
+
+
 def field(where: str, record: Record, name: str, kind: type | tuple[type, ...]) -> Any:
     """A field that must be there.
 
@@ -150,12 +168,12 @@ def _json_list(path: Path) -> list[Any]:
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
+                    yield json.loads(line.decode("utf-8"))
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     raise FormatError(f"{path}: line {number} is not valid JSON ({error})") from error
 
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 from video_ma2mba.data.llava import conversation, without_placeholders
-from video_ma2mba.data.records import Form, Media, Record, Sample, Turn, check_turns, field, read_records
+from video_ma2mba.data.records import (
+    Form,
+    Media,
+    OnMalformed,
+    Record,
+    Sample,
+    Turn,
+    check_turns,
+    field,
+    made,
+    read_records,
+)
 from video_ma2mba.errors import FormatError
 
 Scene = tuple[float, float, str, str]
@@ -17,7 +29,12 @@ Scene = tuple[float, float, str, str]
 
 
 def read_scenewalk_v1(
-    path: str | PathLike[str], videos: str | PathLike[str], *, form: Form = "interleaved", suffix: str = ".mp4"
+    path: str | PathLike[str],
+    videos: str | PathLike[str],
+    *,
+    form: Form = "interleaved",
+    suffix: str = ".mp4",
+    on_malformed: OnMalformed | None = None,
 ) -> Iterator[Sample]:
     """Samples of the first release (IVLLab/SceneWalk): one row per clip, rows of a video anywhere in the file.
 
@@ -26,9 +43,10 @@ def read_scenewalk_v1(
         videos: holds `{YouTube's name of the video}{suffix}`; for other sources the last part of the url without suffix.
         form: see `Sample`.
         suffix: of the video files.
+        on_malformed: told of malformed rows, which are left out of their videos; None raises.
 
     Raises:
-        FormatError: a row is malformed.
+        FormatError: a file cannot be read, or a row is malformed.
     """
     scenes: dict[str, list[Scene]] = {}
     files = sorted(Path(path).glob("train-*")) if Path(path).is_dir() else [Path(path)]
@@ -36,20 +54,20 @@ def read_scenewalk_v1(
         raise FormatError(f"{path} holds no train-* files")
     for file in files:
         for number, row in enumerate(read_records(file)):
-            where = f"{file}: row {number}"
-            start, stop = _bounds(where, field(where, row, "time_stamp", dict))
-            turns = conversation(where, row)
-            if [role for role, _ in turns] != ["user", "assistant"]:
-                raise FormatError(f"{where}: a clip has one question and one caption, got {len(turns)} turns")
-            name = _video_name(where, row)
-            scenes.setdefault(name, []).append((start, stop, turns[0][1], turns[1][1]))
-    for name, found in scenes.items():
-        found.sort(key=lambda scene: scene[:2])
-        yield _sample(name, Path(videos) / f"{name}{suffix}", found, form)
+            found = made(partial(_scene, f"{file}: row {number}", row), row, on_malformed)
+            if found is not None:
+                scenes.setdefault(found[0], []).append(found[1])
+    for name, clips in scenes.items():
+        clips.sort(key=lambda scene: scene[:2])
+        yield _sample(name, Path(videos) / f"{name}{suffix}", clips, form)
 
 
 def read_scenewalk_v2(
-    path: str | PathLike[str], root: str | PathLike[str], *, form: Form = "interleaved"
+    path: str | PathLike[str],
+    root: str | PathLike[str],
+    *,
+    form: Form = "interleaved",
+    on_malformed: OnMalformed | None = None,
 ) -> Iterator[Sample]:
     """Samples of the second release (interlive/scenewalk): one record per video.
 
@@ -57,21 +75,41 @@ def read_scenewalk_v2(
         path: `data/train.jsonl`.
         root: the folder that `video` is relative to.
         form: see `Sample`.
+        on_malformed: told of malformed records, which are left out; None raises.
 
     Raises:
-        FormatError: a record is malformed, or has not one question and one caption per scene.
+        FormatError: the file cannot be read, or a record is malformed or has not one question and one caption per scene.
     """
     for number, record in enumerate(read_records(path)):
-        where = f"{path}: record {number}"
-        bounds = [
-            _bounds(f"{where}, scenes[{i}]", scene) for i, scene in enumerate(field(where, record, "scenes", list))
-        ]
-        turns = conversation(where, record)
-        if len(turns) != 2 * len(bounds):
-            raise FormatError(f"{where} has {len(bounds)} scenes but {len(turns)} turns; two are expected for each")
-        texts = [text for _, text in turns]
-        scenes = [(*each, texts[2 * i], texts[2 * i + 1]) for i, each in enumerate(bounds)]
-        yield _sample(str(record.get("id", number)), Path(root) / field(where, record, "video", str), scenes, form)
+        make = partial(_whole_video, f"{path}: record {number}", record, str(number), Path(root), form)
+        sample = made(make, record, on_malformed)
+        if sample is not None:
+            yield sample
+
+
+def _scene(where: str, row: Record) -> tuple[str, Scene]:
+    """A row of the first release: its video's name, and the scene."""
+    start, stop = _bounds(where, field(where, row, "time_stamp", dict))
+    turns = conversation(where, row)
+    if [role for role, _ in turns] != ["user", "assistant"]:
+        raise FormatError(f"{where}: a clip has one question and one caption, got {len(turns)} turns")
+    return _video_name(where, row), (start, stop, turns[0][1], turns[1][1])
+
+
+def _whole_video(where: str, record: Record, number: str, root: Path, form: Form) -> Sample:
+    """A record of the second release."""
+    bounds: list[tuple[float, float]] = []
+    for index, scene in enumerate(field(where, record, "scenes", list)):
+        here = f"{where}, scenes[{index}]"
+        if not isinstance(scene, dict):
+            raise FormatError(f"{here} must be an object, got {scene!r:.60}")
+        bounds.append(_bounds(here, scene))
+    turns = conversation(where, record)
+    if len(turns) != 2 * len(bounds):
+        raise FormatError(f"{where} has {len(bounds)} scenes but {len(turns)} turns; two are expected for each")
+    texts = [text for _, text in turns]
+    scenes = [(*each, texts[2 * i], texts[2 * i + 1]) for i, each in enumerate(bounds)]
+    return _sample(str(record.get("id", number)), root / field(where, record, "video", str), scenes, form)
 
 
 def _sample(name: str, video: Path, scenes: list[Scene], form: Form) -> Sample:

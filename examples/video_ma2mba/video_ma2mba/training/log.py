@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from magc.errors import MissingExtraError
 from video_ma2mba.data.loader import Problem
+from video_ma2mba.errors import ProblemKind
 from video_ma2mba.evaluation.jsonl import append_line, read_lines
 from video_ma2mba.training.config import LogConfig
 
@@ -37,7 +38,7 @@ class RunLog(AbstractContextManager["RunLog"]):
     def __init__(self, folder: Path, config: LogConfig, *, steps: int, done: int, speaks: bool) -> None:
         self._path = folder / "log.jsonl"
         self._speaks, self._shows = speaks, speaks and config.progress
-        self._told: set[str] = set()
+        self._told: set[Problem] = set()
         self._board = _board(folder / "tensorboard", done) if config.tensorboard and speaks else None
         self._folder, self._steps, self._done = folder, steps, done
 
@@ -74,8 +75,8 @@ class RunLog(AbstractContextManager["RunLog"]):
     def problems(self, step: int, found: Iterable[Problem]) -> None:
         """Write samples that could not be used, each once."""
         for problem in found:
-            if self._speaks and problem.sample not in self._told:
-                self._told.add(problem.sample)
+            if self._speaks and problem not in self._told:
+                self._told.add(problem)
                 self.event(
                     "problem",
                     step,
@@ -83,6 +84,7 @@ class RunLog(AbstractContextManager["RunLog"]):
                     kind=str(problem.kind),
                     path=problem.path,
                     detail=problem.detail,
+                    index=problem.index,
                 )
                 if self._shows:
                     tqdm.write(f"left out: sample {problem.sample}: {problem.kind}: {problem.path}: {problem.detail}")
@@ -91,7 +93,11 @@ class RunLog(AbstractContextManager["RunLog"]):
         # Without a checkpoint a run begins anew, and so does its log.
         before = read_lines(self._path) if done else []
         lines = [line for line in before if line["step"] <= done and line["event"] not in ("stop", "end")]
-        self._told = {line["sample"] for line in lines if line["event"] == "problem"}
+        self._told = {
+            Problem(line["sample"], ProblemKind(line["kind"]), line["path"], line["detail"], line.get("index"))
+            for line in lines
+            if line["event"] == "problem"
+        }
         partial = self._path.with_name(f"{self._path.name}.partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         partial.replace(self._path)

@@ -44,7 +44,7 @@ class TrainResult:
         folder: the model, for `load_pretrained` and for the next stage's `start.folder`.
         steps: of the whole run.
         losses: mean nats per learnt token, of every step before its update.
-        problems: samples that this process could not use since it started.
+        problems: malformed records, and samples that this process could not use since it started.
     """
 
     folder: Path
@@ -71,15 +71,23 @@ def train(
         TrainingStoppedError: the loss went wrong; the last good checkpoint is kept.
     """
     with joined(config.device, group=config.parallel == "fsdp2") as ranks, _own_random_numbers(ranks.device):
-        found = read_samples(config.data, config.seed) if samples is None else samples
-        return _Run(config, ranks, found, on_step).run()
+        found, malformed = read_samples(config.data, config.seed) if samples is None else (samples, ())
+        return _Run(config, ranks, found, malformed, on_step).run()
 
 
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, samples: Sequence[Sample], on_step: OnStep | None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        samples: Sequence[Sample],
+        malformed: tuple[Problem, ...],
+        on_step: OnStep | None,
+    ) -> None:
         self._config, self._ranks, self._on_step = config, ranks, on_step
+        self._malformed = malformed
         self._steps = config.total_steps(len(samples))
         self._micro_batches = config.micro_batches(ranks.world)
         last = ranks.gather(checkpoint.latest(config.out))[0]
@@ -103,6 +111,7 @@ class _Run:
             "resumed": None if last is None else str(last),
             "steps": self._steps,
             "samples": len(samples),
+            "malformed": len(malformed),
             "world": ranks.world,
             "micro_batches": self._micro_batches,
             "trained": dict(sum((Counter({group.part: group.count}) for group in groups), Counter[str]())),
@@ -115,6 +124,7 @@ class _Run:
         folder = config.out / "model"
         with log, closing(cast(Generator[Batch], iter(self._loader))) as batches:
             log.event("start", self._done, **self._start)
+            log.problems(self._done, self._malformed)  # all ranks read the same
             try:
                 while self._done < self._steps:
                     self._step(batches)
@@ -123,9 +133,9 @@ class _Run:
                 raise
             self._tell_problems(everywhere=True)
             checkpoint.write_whole(folder, self._ranks, self._write_model)
-            log.event("end", self._done, data=self._loader.report(), model=str(folder))
+            log.event("end", self._done, data=self._report(), model=str(folder))
         self._ranks.wait()
-        return TrainResult(folder, self._steps, step_losses(config.out), self._loader.problems)
+        return TrainResult(folder, self._steps, step_losses(config.out), self._malformed + self._loader.problems)
 
     # ------------------------------------------------------------------ a step
     def _step(self, batches: Iterator[Batch]) -> None:
@@ -218,6 +228,13 @@ class _Run:
     # ------------------------------------------------------------------ reports
     def _tell_plan(self, length: int, plan: str) -> None:
         self._log.event("plan", self._done, length=length, plan=plan)
+
+    def _report(self) -> str:
+        report = self._loader.report()
+        if not self._malformed:
+            return report
+        first = self._malformed[0]
+        return f"{len(self._malformed)} malformed records were left out, e.g. {first.detail}\n{report}"
 
     def _tell_problems(self, *, everywhere: bool) -> None:
         """Those of this rank, or, when all ranks ask, of all."""
