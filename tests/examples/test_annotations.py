@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from magc.errors import MissingExtraError
 from video_ma2mba.data.llava import group_by_media, read_llava, read_llava_video_178k
 from video_ma2mba.data.records import Media, Record, Sample, Turn, read_records
 from video_ma2mba.data.scenewalk import read_scenewalk_v1, read_scenewalk_v2
@@ -108,6 +110,20 @@ def test_parquet(tmp_path: Path) -> None:
     rows = [{"id": "1", "n": {"a": 1}}, {"id": "2", "n": {"a": 2}}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     assert list(read_records(tmp_path / "x.parquet")) == rows
+
+
+def test_malformed_parquet(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "x.parquet").write_bytes(b"nope")
+    with pytest.raises(FormatError, match="not a valid parquet file"):
+        list(read_records(tmp_path / "x.parquet"))
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(MissingExtraError, match=r"video"):
+        list(read_records(tmp_path / "x.parquet"))
 
 
 def test_llava_video_178k(tmp_path: Path) -> None:

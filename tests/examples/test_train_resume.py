@@ -184,6 +184,18 @@ def test_other_data_are_refused(world: Path, tmp_path: Path) -> None:
         train(make_run(other, tmp_path / "out"))
 
 
+def test_edited_annotations_are_refused(world: Path, tmp_path: Path) -> None:
+    """Same ids, another answer."""
+    other = write_world(tmp_path / "world")
+    run_killed(make_run(other, tmp_path / "out"), 3)
+    text = (other / "train.json").read_text()
+    (other / "train.json").write_text(text.replace("3 seconds.", "4 seconds."))
+    with pytest.raises(ConfigError, match="of another run: samples was"):
+        train(make_run(other, tmp_path / "out"))
+    (other / "train.json").write_text(text)
+    train(make_run(other, tmp_path / "out"))
+
+
 @pytest.mark.parametrize("name", ["training.json", "rank-0000.pt"])
 def test_damaged_checkpoints(world: Path, tmp_path: Path, name: str) -> None:
     config = make_run(world, tmp_path / "out")

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from magc.errors import MissingExtraError
 from video_ma2mba.errors import FormatError
 
 Role = Literal["user", "assistant"]
@@ -106,6 +107,7 @@ def read_records(path: str | PathLike[str]) -> Iterator[Record]:
 
     Raises:
         FormatError: the file is missing, of another kind, or holds something else than objects.
+        MissingExtraError: pyarrow, which reads `.parquet`, is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -180,7 +182,11 @@ def _json_lines(path: Path) -> Iterator[Any]:
 def _parquet_rows(path: Path) -> Iterator[Any]:
     try:
         from pyarrow import parquet  # pyright: ignore[reportMissingImports]
+        from pyarrow.lib import ArrowException  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise FormatError(f"reading {path} needs pyarrow; install it, or convert the file to .jsonl") from error
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+        raise MissingExtraError("pyarrow", "video", f"reading {path}") from error
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except ArrowException as error:
+        raise FormatError(f"{path} is not a valid parquet file ({error})") from error

@@ -120,6 +120,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least("data", batch_size=(self.batch_size, 1), multiple=(self.multiple, 1), workers=(self.workers, 0))
+        limits = {"max_turns": self.max_turns, "max_frames": self.max_frames, "max_tokens": self.max_tokens}
+        _at_least("data", **{name: (limit, 1) for name, limit in limits.items() if limit is not None})
         if self.cache is not None:
             parse_bytes(self.cache)
             if self.stream:
