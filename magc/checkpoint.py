@@ -317,6 +317,7 @@ class GridCheckpoint(nn.Module):
         return f"plan={self.plan}" if self.plan is not None else f"budget={self.budget}"
 
 
+@uncompiled
 def grid_checkpoint(
     layers: Sequence[Layer],
     x: PyTree,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def sigmoid(x):
     the instructions, for operands that this one never sees or whose exponential counts for nothing beside 1; these
     kernels, bound by memory, have few to spare.
     """
-    if _INTERPRETED:
+    if INTERPRETED:
         return 1.0 / (1.0 + tl.exp(-x))
     else:
         return tl.inline_asm_elementwise(

@@ -6,7 +6,7 @@ For those who teach `wrap` a class of their own: an adapter gets a model and `Se
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,10 @@ class ModelGrid(GridCheckpoint):
         return {**super().__getstate__(), "latest": None}
 
 
+Part = nn.Module | tuple[nn.Module, ...]
+"""A module, or the members of a list of them."""
+
+
 class GridForward:
     """Stands in for the ``forward`` of one module; subclasses say when and how it runs on the grid.
 
@@ -92,11 +96,11 @@ class GridForward:
     # An object rather than a bound method: a copy or a pickle of the module copies it, with the grid it runs on.
 
     def __init__(
-        self, module: nn.Module, bypassed: dict[str, nn.Module], parts: dict[str, nn.Module] | None = None
+        self, module: nn.Module, bypassed: dict[str, nn.Module], parts: Mapping[str, Part] | None = None
     ) -> None:
         self.module = module
         self.bypassed = bypassed
-        self.parts = {
+        self.parts: dict[str, Part] = {
             path: tuple(part) if isinstance(part, nn.ModuleList) else part for path, part in (parts or {}).items()
         }
         self.wrapping: Wrapped | None = None
@@ -150,6 +154,10 @@ class GridForward:
     def misses(self, hook: object) -> bool:
         """Whether a hook on a bypassed module would be missed; what FSDP's do, the grid does for its layers."""
         return not is_fsdp_hook(hook)
+
+    def parts_as(self, place: str) -> dict[str, Part]:
+        """The module and its parts by their paths in the one around it, which has it at ``place``."""
+        return {place: self.module, **{f"{place}.{path}": part for path, part in self.parts.items()}}
 
     def require_as_wrapped(self) -> None:
         """Refuse a call that would not do what the modules say now.

@@ -226,7 +226,7 @@ class LMForward(GridForward):
     """The forward of a `MambaLMHeadModel`, which may be given ``labels`` too."""
 
     def __init__(self, model: Any, trunk: TrunkForward, loss: Loss) -> None:
-        super().__init__(model, {"backbone": trunk.module, **trunk.bypassed}, {"backbone": trunk.module})
+        super().__init__(model, {"backbone": trunk.module, **trunk.bypassed}, trunk.parts_as("backbone"))
         self.trunk = trunk
         self.stem = Stem(model.backbone.embedding)
         self.head = Head(model.lm_head, loss)
@@ -240,11 +240,6 @@ class LMForward(GridForward):
             self.require_as_wrapped()
             return self.run(call)
         return super().__call__(*args, **kwargs)
-
-    def require_parts(self) -> None:
-        """See `GridForward.require_parts`; those of the trunk too, whose own forward may not be called."""
-        super().require_parts()
-        self.trunk.require_parts()
 
     def takes(self, call: dict[str, Any]) -> bool:
         """Whether a loss is asked for.

@@ -37,15 +37,19 @@ def hooked(module: nn.Module) -> bool:
     return any(vars(module).get(hooks) for hooks in _HOOKS)
 
 
-def taps_of(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+def taps_of(conv: nn.Module, name: str = "conv1d") -> tuple[Tensor, Tensor | None]:
     """Weight `(channels, width)` and bias of a depthwise convolution, which operators take in place of the module.
+
+    Args:
+        conv: the module.
+        name: how errors name it.
 
     Raises:
         LayerContractError: it is something else (LoRA around a convolution, say), of which this would be a part only.
     """
     if not isinstance(conv, nn.Conv1d):
         raise LayerContractError(
-            f"conv1d is a {type(conv).__name__}, of which the operators would take the weight and nothing else. Leave it an "
+            f"{name} is a {type(conv).__name__}, of which the operators would take the weight and nothing else. Leave it an "
             f"nn.Conv1d: LoRA belongs on the projections (in_proj, x_proj, dt_proj, out_proj)"
         )
     return conv.weight.squeeze(1), conv.bias

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any, cast
 
 from jsonargparse import auto_cli
 
-from magc.errors import MagcError
-from video_ma2mba.errors import VideoMa2mbaError
+from video_ma2mba.command import errors_as_lines
 from video_ma2mba.training.config import TrainConfig
 from video_ma2mba.training.train import train
 
@@ -21,10 +19,8 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
 
 def run(arguments: list[str] | None = None) -> None:
     """Train as the command line says."""
-    try:
+    with errors_as_lines():
         result = train(parse(arguments))
-    except (VideoMa2mbaError, MagcError) as error:
-        sys.exit(f"error: {error}")
     if os.environ.get("RANK", "0") == "0":
         print(f"{result.steps} steps done; the model is {result.folder}")
 

@@ -14,11 +14,8 @@ weight's gradient comes as one partial sum per program.
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-from magc_kernels._sigmoid import sigmoid
-
-_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from magc_kernels._sigmoid import INTERPRETED, sigmoid
 
 SIZES = ("rows", "per_program")
 """Arguments whose values must not choose between compiled variants, which could differ in rounding."""
@@ -77,7 +74,7 @@ def two_inner_products(a, b, c, PIECES: tl.constexpr):
     for i in tl.static_range(1, PIECES):
         first += a[i] * c[i]
         second += b[i] * c[i]
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.sum(first, 0), tl.sum(second, 0)
     else:
         return tl.reduce((first, second), 0, _both)

@@ -161,17 +161,12 @@ class LMForward(HookedForward):
 
     def __init__(self, model: Any, trunk: TrunkForward, output: Any, loss: Loss) -> None:
         [place] = [name for name, part in model.named_children() if part is trunk.module]
-        super().__init__(model, {"the trunk": trunk.module, **trunk.bypassed}, {place: trunk.module})
+        super().__init__(model, {"the trunk": trunk.module, **trunk.bypassed}, trunk.parts_as(place))
         self.trunk = trunk
         self.output = output
         self.loss = loss
         self.stem = Stem(model.get_input_embeddings(), trunk.takes_in.scale)
         self.head = Head(model.lm_head, loss)
-
-    def require_parts(self) -> None:
-        """See `GridForward.require_parts`; those of the trunk too, whose own forward may not be called."""
-        super().require_parts()
-        self.trunk.require_parts()
 
     def takes(self, call: dict[str, Any]) -> bool:
         """Whether a call's loss is computed inside the grid, or the trunk must be told of packed rows.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from magc.errors import LayerContractError
 from magc.integrations.transformers import fused
 from magc.integrations.transformers.tokens import Tokens
-from magc.nn.fused import hooked
+from magc.nn.fused import hooked, is_plain, taps_of
 from magc.nn.mamba import TRITON_D_STATES as SELECTIVE_D_STATES
 from magc.nn.mamba import MambaState
 from magc.nn.mamba2 import TRITON_D_STATES as SSD_D_STATES
@@ -86,16 +86,16 @@ def selective_mixer(
         parts = [norm(part) for norm, part in zip(norms, parts, strict=True)]
     low_rank, B_BLN, C_BLN = parts
     step = mixer.dt_proj
-    is_plain = type(step) is nn.Linear and not hooked(step)  # else a module (LoRA), which adds its bias itself
+    plain = is_plain(step)  # else a module (LoRA), which adds its bias itself
     y_BLE, ssm_state = run.selective_scan(
         x_BLE,
-        linear(low_rank, step.weight) if is_plain else step(low_rank),
+        linear(low_rank, step.weight) if plain else step(low_rank),
         rates(mixer),
         B_BLN.unsqueeze(2),
         C_BLN.unsqueeze(2),
         D=mixer.D,
         z=z_BLE,
-        dt_bias=step.bias if is_plain else None,
+        dt_bias=step.bias if plain else None,
         dt_softplus=True,
         initial_state=None if state is None else state.ssm,
         seq_idx=tokens.documents,
@@ -203,12 +203,7 @@ def require_conv(name: str, mixer: Any) -> None:
     Raises:
         LayerContractError: naming the mixer, and the widths there are or what is in the convolution's place.
     """
-    if not isinstance(mixer.conv1d, nn.Conv1d):
-        raise LayerContractError(
-            f"{name}.conv1d is a {type(mixer.conv1d).__name__}, of which magc's operators would take the weight and nothing "
-            f"else. Leave the convolution an nn.Conv1d: LoRA belongs on the projections (in_proj, x_proj, dt_proj, out_proj)"
-        )
-    width = mixer.conv1d.kernel_size[0]
+    width = taps_of(mixer.conv1d, f"{name}.conv1d")[0].shape[1]
     if width not in CONV_WIDTHS:
         raise LayerContractError(
             f"{name} has a convolution of width {width}; magc's operators take {', '.join(map(str, CONV_WIDTHS))}. Use "
@@ -223,8 +218,7 @@ def convolve(
     inside = mixer.activation in ("silu", "swish")
     y_BLE, new_state = run.causal_conv1d(
         x_BLE,
-        mixer.conv1d.weight.squeeze(1),
-        mixer.conv1d.bias,
+        *taps_of(mixer.conv1d),
         activation="silu" if inside else None,
         initial_state=state,
         seq_idx=tokens.documents,
