@@ -40,7 +40,7 @@ def main(
         language: how the language model is trained.
         sight: how the tower is trained.
         start: the folder of a model made before: its tokenizer and tower are kept, and its language model learns on.
-        device: of the language model's training.
+        device: of the training.
         examined: held-out questions of each kind and length that the language model is asked.
     """
     if (out / "model.safetensors").exists():
@@ -50,7 +50,7 @@ def main(
     if start is None or before is None:
         tokenizer, made = train_tokenizer(), []
         with tqdm(total=sight.steps, desc="sight") as bar:
-            tower, seen = train_sight(sight, lambda count, news: _tell(bar, count, news))
+            tower, seen = train_sight(sight, lambda count, news: _tell(bar, count, news), device)
     else:
         tokenizer, tower = BpeTokenizer.from_folder(start), before.vision
         known = json.loads((start / "recipe.json").read_text(encoding="utf-8"))

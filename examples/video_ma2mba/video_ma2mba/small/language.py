@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
 
 from magc.nn import Mamba2Config, Mamba2LM
 from magc.nn.lm import LMState
@@ -62,6 +63,18 @@ class LanguageRecipe:
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
         return self.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+class Drawn(IterableDataset[Lesson]):
+    """The lessons of a recipe, step by step."""
+
+    def __init__(self, recipe: LanguageRecipe, tokenizer: BpeTokenizer) -> None:
+        self._recipe, self._tokenizer = recipe, tokenizer
+
+    def __iter__(self) -> Iterator[Lesson]:
+        lessons = Lessons(self._tokenizer, seed=self._recipe.seed, tokens=self._recipe.tokens)
+        for step in range(self._recipe.steps):
+            yield lessons.draw(self._recipe.level(step))
 
 
 class Probes(nn.Module):
@@ -135,7 +148,9 @@ def train_language(
     model = (Mamba2LM(config) if start is None else start).to(device)
     probes = Probes(recipe.d_model).to(device)
     model.tie_weights()
-    lessons, standins = Lessons(tokenizer, seed=recipe.seed, tokens=recipe.tokens), StandIns(tokenizer)
+    standins = StandIns(tokenizer)
+    # One worker: a lesson takes as long to draw as a step does on a GPU, and several workers would mix their order.
+    lessons = DataLoader(Drawn(recipe, tokenizer), batch_size=None, num_workers=1, prefetch_factor=16)
     generator = torch.Generator().manual_seed(recipe.seed)
     parameters = [*model.parameters(), *probes.parameters()]
     groups: list[dict[str, Any]] = [
@@ -143,10 +158,9 @@ def train_language(
         {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
-    for step in range(recipe.steps):
+    for step, lesson in enumerate(lessons):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        lesson = lessons.draw(recipe.level(step))
         x = embed(model.stem.weight, standins, lesson, recipe.disguise, generator)
         loss = _turns_loss(model, probes, lesson, x) if lesson.turns else _rows_loss(model, lesson, x)
         optimizer.zero_grad()

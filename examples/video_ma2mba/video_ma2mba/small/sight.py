@@ -70,6 +70,11 @@ class Labelled:
     shapes: Tensor
     middles: Tensor
 
+    def to(self, device: str) -> Labelled:
+        """The same on a device."""
+        parts = (self.pixels, self.colours, self.shapes, self.middles)
+        return Labelled(*(part.to(device) for part in parts))
+
 
 def labelled_frames(stories: int, seed: int) -> Labelled:
     """Frames of encoded and decoded videos."""
@@ -103,19 +108,22 @@ class Readers(nn.Module):
         return self.colour(features), self.shape(features), self.middle(features)
 
 
-def train_sight(recipe: SightRecipe, progress: Callable[[int, str], None]) -> tuple[VisionTower, dict[str, float]]:
+def train_sight(
+    recipe: SightRecipe, progress: Callable[[int, str], None], device: str = "cpu"
+) -> tuple[VisionTower, dict[str, float]]:
     """Train a tower.
 
     Args:
         recipe: how.
         progress: told after each step how many more were done, and the loss.
+        device: where.
 
     Returns:
         The tower, on the CPU, and what its readers tell about frames that it never saw.
     """
     torch.manual_seed(recipe.seed)
-    tower, readers = VisionTower(VISION), Readers(VISION.width)
-    frames = labelled_frames(recipe.stories, recipe.seed)
+    tower, readers = VisionTower(VISION).to(device), Readers(VISION.width).to(device)
+    frames = labelled_frames(recipe.stories, recipe.seed).to(device)
     parameters = [*tower.parameters(), *readers.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps, pct_start=0.1)
@@ -128,8 +136,8 @@ def train_sight(recipe: SightRecipe, progress: Callable[[int, str], None]) -> tu
         optimizer.step()
         schedule.step()
         progress(1, f"loss {loss.item():.3f}")
-    tower.eval()
-    return tower, _examined(tower, readers, labelled_frames(_EXAMINED_STORIES, recipe.seed + 1))
+    tower.eval().cpu()
+    return tower, _examined(tower, readers.cpu(), labelled_frames(_EXAMINED_STORIES, recipe.seed + 1))
 
 
 def _loss(tower: VisionTower, readers: Readers, frames: Labelled, chosen: Tensor) -> Tensor:
