@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from magc.nn import Mamba2Config, Mamba2LM
 from magc.nn.lm import LMState
@@ -39,6 +39,7 @@ class LanguageRecipe:
         open: part of the steps whose questions are open.
         disguise: of the stand-ins.
         seed: of weights and lessons.
+        workers: processes that draw lessons, each its own: with another number of them the lessons are others.
     """
 
     d_model: int = 128
@@ -53,6 +54,7 @@ class LanguageRecipe:
     open: float = 0.35
     disguise: Disguise = field(default_factory=Disguise)
     seed: int = 0
+    workers: int = 1
 
     def level(self, step: int) -> Level:
         """How hard the lessons of a step are."""
@@ -66,14 +68,17 @@ class LanguageRecipe:
 
 
 class Drawn(IterableDataset[Lesson]):
-    """The lessons of a recipe, step by step."""
+    """The lessons of a recipe, step by step; of several workers, each draws those of its own steps."""
 
     def __init__(self, recipe: LanguageRecipe, tokenizer: BpeTokenizer) -> None:
         self._recipe, self._tokenizer = recipe, tokenizer
 
     def __iter__(self) -> Iterator[Lesson]:
-        lessons = Lessons(self._tokenizer, seed=self._recipe.seed, tokens=self._recipe.tokens)
-        for step in range(self._recipe.steps):
+        worker = get_worker_info()
+        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # Seeds of several workers differ in their millions, so that they are not those of another recipe.
+        lessons = Lessons(self._tokenizer, seed=self._recipe.seed + 1_000_000 * first, tokens=self._recipe.tokens)
+        for step in range(first, self._recipe.steps, every):
             yield lessons.draw(self._recipe.level(step))
 
 
@@ -149,8 +154,8 @@ def train_language(
     probes = Probes(recipe.d_model).to(device)
     model.tie_weights()
     standins = StandIns(tokenizer)
-    # One worker: a lesson takes as long to draw as a step does on a GPU, and several workers would mix their order.
-    lessons = DataLoader(Drawn(recipe, tokenizer), batch_size=None, num_workers=1, prefetch_factor=16)
+    # A lesson takes as long to draw as a step does on a GPU. Batches come from the workers in turn, so the order is fixed.
+    lessons = DataLoader(Drawn(recipe, tokenizer), batch_size=None, num_workers=recipe.workers, prefetch_factor=8)
     generator = torch.Generator().manual_seed(recipe.seed)
     parameters = [*model.parameters(), *probes.parameters()]
     groups: list[dict[str, Any]] = [
