@@ -11,7 +11,8 @@ import torch
 from video_ma2mba.data.chat import BpeTokenizer
 from video_ma2mba.model.folder import load_pretrained
 from video_ma2mba.small.base import EXAMINED_SECONDS
-from video_ma2mba.small.language import LanguageRecipe, Probes, examine, probed, train_language
+from video_ma2mba.small.language import LanguageRecipe, Probes, examine, train_language
+from video_ma2mba.small.lessons import probed
 from video_ma2mba.small.questions import KINDS
 from video_ma2mba.small.settings import BASE
 from video_ma2mba.small.sight import SightRecipe, train_sight
@@ -136,7 +137,7 @@ def test_probes_are_content_with_what_they_ask_for() -> None:
     optimizer = torch.optim.Adam([*probes.parameters(), hidden], lr=0.1)
     for _ in range(100):
         optimizer.zero_grad()
-        loss = probes(hidden, [STORY])
+        loss = probes(hidden, probed([STORY]))
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05

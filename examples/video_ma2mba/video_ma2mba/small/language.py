@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,10 @@ from magc.nn import Mamba2Config, Mamba2LM
 from magc.nn.lm import LMState
 from magc.nn.mamba2_values import Mamba2State
 from video_ma2mba.data.chat import IGNORED, BpeTokenizer
-from video_ma2mba.small.lessons import Lesson, Lessons, Level, embed, held_out_turns, padded
+from video_ma2mba.small.lessons import Batch, Lessons, Level, held_out_turns
 from video_ma2mba.small.questions import KINDS
 from video_ma2mba.small.standins import PLAIN, Disguise, StandIns
-from video_ma2mba.small.world import COLOURS, DIRECTIONS, EVENTS, SHAPES, Story
+from video_ma2mba.small.world import COLOURS, DIRECTIONS, EVENTS, SHAPES
 
 _FEWEST_FRAMES = 8
 _PROBE_WEIGHT = 0.5
@@ -67,19 +67,19 @@ class LanguageRecipe:
         return self.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-class Drawn(IterableDataset[Lesson]):
+class Drawn(IterableDataset[Batch]):
     """The lessons of a recipe, step by step; of several workers, each draws those of its own steps."""
 
     def __init__(self, recipe: LanguageRecipe, tokenizer: BpeTokenizer) -> None:
         self._recipe, self._tokenizer = recipe, tokenizer
 
-    def __iter__(self) -> Iterator[Lesson]:
+    def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # Seeds of several workers differ in their millions, so that they are not those of another recipe.
         lessons = Lessons(self._tokenizer, seed=self._recipe.seed + 1_000_000 * first, tokens=self._recipe.tokens)
         for step in range(first, self._recipe.steps, every):
-            yield lessons.draw(self._recipe.level(step))
+            yield Batch.of(lessons.draw(self._recipe.level(step)))
 
 
 class Probes(nn.Module):
@@ -95,30 +95,14 @@ class Probes(nn.Module):
         sizes = (EVENTS[1] + 1, len(COLOURS) + 1, len(SHAPES) + 1, len(DIRECTIONS) + 1)
         self.readers = nn.ModuleList(nn.Linear(d_model, size) for size in sizes)
 
-    def forward(self, hidden: Tensor, stories: Sequence[Story]) -> Tensor:
-        """Summed mean cross entropies of `(stories, frames, d_model)`."""
+    def forward(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """Summed mean cross entropies of `(stories, frames, d_model)` against what is `probed`."""
         hidden = self.norm(hidden)
-        wanted = probed(stories).to(hidden.device)
         losses = [
             functional.cross_entropy(reader(hidden).flatten(0, 1), target.flatten())
             for reader, target in zip(self.readers, wanted, strict=True)
         ]
         return torch.stack(losses).sum()
-
-
-def probed(stories: Sequence[Story]) -> Tensor:
-    """What the probes ask, `(4, stories, frames)` int64; 0 is none."""
-    found = torch.zeros(4, len(stories), stories[0].seconds, dtype=torch.int64)
-    for row, story in enumerate(stories):
-        for number, event in enumerate(story.events):
-            found[0, row, event.start :] = number + 1
-            if number:
-                before = story.events[number - 1].thing
-                found[1, row, event.start :] = 1 + list(COLOURS).index(before.colour)
-                found[2, row, event.start :] = 1 + SHAPES.index(before.shape)
-            found[3, row, event.start] = 0  # one frame tells no direction
-            found[3, row, event.start + 1 :] = 1 + list(DIRECTIONS).index(event.direction)
-    return found
 
 
 def train_language(
@@ -155,7 +139,7 @@ def train_language(
     model.tie_weights()
     standins = StandIns(tokenizer)
     # A lesson takes as long to draw as a step does on a GPU. Batches come from the workers in turn, so the order is fixed.
-    lessons = DataLoader(Drawn(recipe, tokenizer), batch_size=None, num_workers=recipe.workers, prefetch_factor=8)
+    batches = DataLoader(Drawn(recipe, tokenizer), batch_size=None, num_workers=recipe.workers, prefetch_factor=8)
     generator = torch.Generator().manual_seed(recipe.seed)
     parameters = [*model.parameters(), *probes.parameters()]
     groups: list[dict[str, Any]] = [
@@ -163,11 +147,12 @@ def train_language(
         {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
-    for step, lesson in enumerate(lessons):
+    for step, drawn in enumerate(batches):
+        batch: Batch = drawn.to(model.stem.weight.device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        x = embed(model.stem.weight, standins, lesson, recipe.disguise, generator)
-        loss = _turns_loss(model, probes, lesson, x) if lesson.turns else _rows_loss(model, lesson, x)
+        x = batch.embed(model.stem.weight, standins, recipe.disguise, generator)
+        loss = _turns_loss(model, probes, batch, x) if batch.turns else _rows_loss(model, batch, x)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -176,20 +161,19 @@ def train_language(
     return model
 
 
-def _turns_loss(model: Mamba2LM, probes: Probes, lesson: Lesson, x: Tensor) -> Tensor:
+def _turns_loss(model: Mamba2LM, probes: Probes, batch: Batch, x: Tensor) -> Tensor:
     middle = len(model.layers) // 2
     x, lower = _run(model, x, stop=middle)
-    frames = lesson.stories[0].seconds
-    probe_loss = probes((x[0] + x[1])[:, -frames:], lesson.stories)
+    probe_loss = probes((x[0] + x[1])[:, -batch.things.shape[1] :], batch.probed)
     _, upper = _run(model, x, start=middle)
-    out, targets = _answers(model, lower + upper, lesson)
+    out, targets = _answers(model, lower + upper, batch)
     total, count = model.head(out, targets)
     return total / count + _PROBE_WEIGHT * probe_loss
 
 
-def _rows_loss(model: Mamba2LM, lesson: Lesson, x: Tensor) -> Tensor:
+def _rows_loss(model: Mamba2LM, batch: Batch, x: Tensor) -> Tensor:
     out, _ = _run(model, x[:, :-1])
-    total, count = model.head(out, padded(lesson.rows, x.device)[1])
+    total, count = model.head(out, batch.labels[:, 1:])
     return total / count
 
 
@@ -202,15 +186,14 @@ def _run(model: Mamba2LM, x: Any, states: LMState = (), start: int = 0, stop: in
     return x, tuple(found)
 
 
-def _answers(model: Mamba2LM, states: LMState, lesson: Lesson) -> tuple[Any, Tensor]:
+def _answers(model: Mamba2LM, states: LMState, batch: Batch) -> tuple[Any, Tensor]:
     """The last layer's outputs on the turns, each begun from its story's state, and the targets."""
-    ids, targets = padded(lesson.turns, model.stem.weight.device)
-    times = len(lesson.turns) // len(lesson.stories)
+    times = batch.turns // len(batch.ids)
     forked = tuple(
         Mamba2State(state.conv.repeat_interleave(times, 0), state.ssm.repeat_interleave(times, 0), None)
         for state in states
     )
-    return _run(model, model.stem(ids), forked)[0], targets
+    return _run(model, model.stem(batch.turn_ids[:, :-1]), forked)[0], batch.turn_labels[:, 1:]
 
 
 @torch.no_grad()
@@ -219,9 +202,9 @@ def examine(model: Mamba2LM, tokenizer: BpeTokenizer, seconds: int, count: int) 
     lessons, standins = Lessons(tokenizer, seed=0, tokens=0), StandIns(tokenizer)
     found: dict[str, float] = {}
     for kind in KINDS:
-        lesson = held_out_turns(lessons, seconds, count, kind)
-        x = embed(model.stem.weight, standins, lesson, PLAIN, torch.Generator())
-        out, targets = _answers(model, _run(model, x)[1], lesson)
+        batch = Batch.of(held_out_turns(lessons, seconds, count, kind)).to(model.stem.weight.device)
+        x = batch.embed(model.stem.weight, standins, PLAIN, torch.Generator())
+        out, targets = _answers(model, _run(model, x)[1], batch)
         right = (model.head.logits(out).argmax(-1) == targets) | (targets == IGNORED)
         found[kind] = right.all(1).double().mean().item()
     return found

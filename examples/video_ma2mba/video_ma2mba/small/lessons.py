@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from video_ma2mba.data.records import Media, Sample, Turn
 from video_ma2mba.small.questions import KINDS, Asked, ask, caption, listing, scenes
 from video_ma2mba.small.standins import Disguise, StandIns, describe
 from video_ma2mba.small.texts import DESCRIBE, LIST, SCHEMA, prompt_of
-from video_ma2mba.small.world import Story, make_story
+from video_ma2mba.small.world import COLOURS, DIRECTIONS, SHAPES, Story, make_story
 
 _VIDEO = Media(Path("video"))
 # What is harder comes more often.
@@ -132,32 +132,78 @@ def held_out_turns(lessons: Lessons, seconds: int, count: int, kind: str) -> Les
     return Lesson([story for story, _ in found], [lessons.video(seconds)] * count, [turn for _, turn in found])
 
 
-def embed(weight: Tensor, standins: StandIns, lesson: Lesson, disguise: Disguise, generator: torch.Generator) -> Tensor:
-    """`(stories, length, d_model)` of a lesson's rows: words, and stand-ins where frames are.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A lesson as tensors, which a worker makes: a few large ones, since each costs the same to hand over.
 
-    Args:
-        weight: the language model's embedding.
-        standins: make the frames.
-        lesson: the rows.
-        disguise: see `StandIns.embed`.
-        generator: the same.
+    Attributes:
+        ids, labels: `(stories, length)` int64 of the rows.
+        frame: `(stories, length)` int64, the number of the frame in its story, else `NO_FRAME`.
+        things, middles: of `describe`.
+        probed: of `probed`.
+        turn_ids, turn_labels: `(turns, longest)` int64; empty without turns.
     """
-    ids, frame = (
-        pad_sequence([getattr(row, name) for row in lesson.rows], batch_first=True, padding_value=padding).to(
-            weight.device, torch.int64
-        )
-        for name, padding in (("ids", 0), ("frame", NO_FRAME))
-    )
-    seen = standins.embed(weight, *describe(lesson.stories), disguise=disguise, generator=generator)
-    place = frame.clamp(min=0)[..., None].expand(-1, -1, seen.shape[-1])
-    return torch.where((frame == NO_FRAME)[..., None], weight[ids], seen.gather(1, place))
+
+    ids: Tensor
+    labels: Tensor
+    frame: Tensor
+    things: Tensor
+    middles: Tensor
+    probed: Tensor
+    turn_ids: Tensor
+    turn_labels: Tensor
+
+    @classmethod
+    def of(cls, lesson: Lesson) -> Batch:
+        """The batch of a lesson."""
+        frame = pad_sequence([row.frame for row in lesson.rows], batch_first=True, padding_value=NO_FRAME).long()
+        things, middles = describe(lesson.stories)
+        none = torch.zeros(0, 0, dtype=torch.int64)
+        turns = _padded(lesson.turns) if lesson.turns else (none, none)
+        return cls(*_padded(lesson.rows), frame, things, middles, probed(lesson.stories), *turns)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))
+
+    @property
+    def turns(self) -> int:
+        """Of all stories."""
+        return len(self.turn_ids)
+
+    def embed(self, weight: Tensor, standins: StandIns, disguise: Disguise, generator: torch.Generator) -> Tensor:
+        """`(stories, length, d_model)` of the rows: words, and stand-ins where frames are.
+
+        Args:
+            weight: the language model's embedding.
+            standins: make the frames.
+            disguise: see `StandIns.embed`.
+            generator: the same.
+        """
+        seen = standins.embed(weight, self.things, self.middles, disguise=disguise, generator=generator)
+        place = self.frame.clamp(min=0)[..., None].expand(-1, -1, seen.shape[-1])
+        return torch.where((self.frame == NO_FRAME)[..., None], weight[self.ids], seen.gather(1, place))
 
 
-def padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets `(rows, longest - 1)` of rows of text."""
-    ids = pad_sequence([row.ids for row in rows], batch_first=True).to(device)
-    labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED).to(device)
-    return ids[:, :-1], labels[:, 1:]
+def _padded(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    """Ids and labels of rows of text."""
+    ids = pad_sequence([row.ids for row in rows], batch_first=True)
+    return ids, pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED)
+
+
+def probed(stories: Sequence[Story]) -> Tensor:
+    """What the probes ask, `(4, stories, frames)` int64; 0 is none."""
+    found = torch.zeros(4, len(stories), stories[0].seconds, dtype=torch.int64)
+    for row, story in enumerate(stories):
+        for number, event in enumerate(story.events):
+            found[0, row, event.start :] = number + 1
+            if number:
+                before = story.events[number - 1].thing
+                found[1, row, event.start :] = 1 + list(COLOURS).index(before.colour)
+                found[2, row, event.start :] = 1 + SHAPES.index(before.shape)
+            found[3, row, event.start] = 0  # one frame tells no direction
+            found[3, row, event.start + 1 :] = 1 + list(DIRECTIONS).index(event.direction)
+    return found
 
 
 assert set(_KIND_WEIGHTS) == set(KINDS)
