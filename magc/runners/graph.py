@@ -52,7 +52,7 @@ class GraphCache:
         self.capturer = CudaCapturer(device) if capturer is None else capturer
         self.forwards: dict[object, _Forward] = {}
         self.pairs: dict[object, list[_Pair]] = {}
-        self.seen: set[object] = set()
+        self.seen: set[tuple[object, ...]] = set()
         self.refused: dict[str, str] = {}
         self.sums: dict[int, Tensor] = {}
         self.whole: dict[int, Tensor] = {}
@@ -62,6 +62,7 @@ class GraphCache:
         self.renew_pool()
         self.shared_tape: _Pair | None = None
         self._expected = 0
+        self._recorded = False
         self._single: tuple[bool, ...] = ()
         self._params: tuple[nn.Parameter, ...] = ()
         self._dtype = torch.float32
@@ -105,6 +106,7 @@ class GraphCache:
             self._params, self._dtype = stack.params, accumulate
             # Not by a strong reference: Python does not find cycles through a tensor's hooks, so nothing would be freed.
             self.proxies = Proxies(stack.params, weakref.proxy(self))
+        self._recorded = any(kind == "record" for kind, *_ in self.seen)
 
     def clear(self) -> None:
         """Let go of all graphs, their memory and the sums."""
@@ -130,6 +132,14 @@ class GraphCache:
         self.renew_pool()
         self._reserved = True
         return self._expected
+
+    def take_reserve_for_run(self) -> int:
+        """The same before what runs cells is captured, if pairs ran eagerly in an earlier call, else 0.
+
+        Where each cell is the only one of its kind, a second call captures everything: taken at its first pair, the reserve
+        would drop what that call has captured, and a third would capture it again.
+        """
+        return self.take_reserve() if self._recorded else 0
 
     def renew_pool(self) -> None:
         """Capture in other memory from now on; graphs that are in the pool keep it for themselves."""
@@ -281,9 +291,10 @@ class GraphRunner:
             return eager(inputs, proxies)
         forward = cache.forwards.get(key)
         if forward is None:
+            reserve = cache.take_reserve_for_run()
             boxes = cache.boxes.inputs(inputs)
             own = None if proxies is None else cache.proxies
-            captured = self._capture(stages, cache.pool, lambda: cache.boxes.take_outputs(eager(boxes, own)))
+            captured = self._capture(stages, cache.pool, lambda: cache.boxes.take_outputs(eager(boxes, own)), reserve)
             if captured is None:
                 return eager(inputs, proxies)
             forward = cache.forwards[key] = _Forward(captured[0], boxes, captured[1])
@@ -341,7 +352,7 @@ class GraphRunner:
         return grads
 
     # ------------------------------------------------------------------ capture
-    def _is_new(self, key: object) -> bool:
+    def _is_new(self, key: tuple[object, ...]) -> bool:
         """Whether a cell is the first of its kind."""
         new = key not in self._cache.seen
         self._cache.seen.add(key)

@@ -317,6 +317,24 @@ def test_shared_memory_is_given_in_one_piece_of_what_is_predicted() -> None:
         graphed.release_graphs()
 
 
+@pytest.mark.parametrize(("layers_per_group", "tokens"), [(1, 64), (2, 128), (1, 512)])
+def test_two_calls_capture_all_that_further_ones_replay(layers_per_group: int, tokens: int) -> None:
+    """With memory reserved, too, and where each cell of a call is the only one of its kind: a third would be timed."""
+    torch.manual_seed(0)
+    made: list[nn.Module] = [Mamba2Block(32, d_state=16, headdim=16, chunk_size=32) for _ in range(4)]
+    x = torch.randn(1, tokens, 32, requires_grad=True)
+    plan, capturer = Plan(layers=layers_per_group, tokens=64, keep=1), CallsAgain()
+    costs = profile(Graphed(made, plan, capturer)._request(x, None, {}), [64])
+    graphed = Graphed(made, with_forecast(plan, costs, tokens), capturer)
+    capturer.reserves.clear()
+    for call in range(4):
+        before = capturer.captures
+        graphed(x)[0][0].sum().backward()
+        graphed.zero_grad()
+        assert (capturer.captures > before) == (call == 1 or (call == 0 and tokens == 512))
+    assert [reserve > 0 for _, reserve in capturer.reserves].count(True) == 1
+
+
 def test_a_budget_holds_and_replays_are_timed() -> None:
     torch.manual_seed(0)
     made: list[nn.Module] = [Mamba2Block(32, d_state=16, headdim=16, chunk_size=32) for _ in range(4)]
