@@ -39,7 +39,8 @@ class LanguageRecipe:
         open: part of the steps whose questions are open.
         disguise: of the stand-ins.
         seed: of weights and lessons.
-        workers: processes that draw lessons, each its own: with another number of them the lessons are others.
+        workers: processes that draw lessons, each its own: with another number of them the lessons are others; 0 draws
+            in the training's own process what one would.
     """
 
     d_model: int = 128
@@ -139,7 +140,8 @@ def train_language(
     model.tie_weights()
     standins = StandIns(tokenizer)
     # A lesson takes as long to draw as a step does on a GPU. Batches come from the workers in turn, so the order is fixed.
-    batches = DataLoader(Drawn(recipe, tokenizer), batch_size=None, num_workers=recipe.workers, prefetch_factor=8)
+    ahead = 8 if recipe.workers else None
+    batches = DataLoader(Drawn(recipe, tokenizer), batch_size=None, num_workers=recipe.workers, prefetch_factor=ahead)
     generator = torch.Generator().manual_seed(recipe.seed)
     parameters = [*model.parameters(), *probes.parameters()]
     groups: list[dict[str, Any]] = [
