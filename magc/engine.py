@@ -24,6 +24,7 @@ from magc.runners.graph import GraphRunner
 from magc.schedule import Action, Backward, Drop, Fetch, Forget, Kind, Load, Record, Run, Save, Schedule
 from magc.store import CheckpointStore
 from magc.tree import Flat, compact, describe, version
+from magc.walk import own_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +332,7 @@ def _unsaved(request: Request) -> Iterator[tuple[str, Tensor, int]]:
     """What a recompute reads beside the tensors that autograd saves: a name, the tensor, its version now."""
     for stage in request.stack.stages:
         for module in stage.modules:
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            for name, tensor in own_tensors(module):
                 if not tensor.requires_grad:
                     yield f"{name!r} of {stage.name}", tensor, version(tensor)
     for source in (*request.side.values(), *(() if request.targets is None else (request.targets,))):

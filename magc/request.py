@@ -17,6 +17,7 @@ from magc.schedule import Action, Schedule
 from magc.source import SegmentSource, is_segmented
 from magc.stack import Stack
 from magc.tree import Flat, PyTree, describe, flatten, is_differentiable
+from magc.walk import own_tensors
 
 Observer = Callable[[Action], None]
 """Called with each action after it was carried out."""
@@ -167,7 +168,7 @@ def _lowest_group(
 def _device_of(stack: Stack, x: PyTree) -> torch.device:
     for stage in stack.stages:
         for module in stage.modules:
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            for _, tensor in own_tensors(module):
                 return tensor.device
     tensors = () if is_segmented(x) else flatten("x", x).tensors
     return tensors[0].device if tensors else torch.device("cpu")

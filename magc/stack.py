@@ -14,6 +14,7 @@ from torch import nn
 
 from magc.contract import is_stateless
 from magc.errors import LayerContractError
+from magc.walk import modules_of, own_parameters
 
 
 class StageKind(enum.StrEnum):
@@ -136,11 +137,10 @@ def build_stack(
         if kind is StageKind.LAYER:
             _require_state_argument(name, call)
         slots: list[ParamSlot] = []
-        modules = tuple(call.modules()) if isinstance(call, nn.Module) else ()
+        modules = modules_of(call) if isinstance(call, nn.Module) else ()
         for module in modules:
-            # Not `named_parameters`: every call walks the stack, and over a deep one that would take milliseconds.
-            for key, param in vars(module)["_parameters"].items():
-                if param is None or not param.requires_grad:
+            for key, param in own_parameters(module):
+                if not param.requires_grad:
                     continue
                 if id(param) not in params:
                     params[id(param)] = len(unique)
@@ -194,7 +194,12 @@ def _refused_signature(function: Callable[..., Any], *, bound: bool) -> str | No
 
 def _rounds_by_grad_mode(modules: Sequence[nn.Module]) -> bool:
     """Torch's fused RNNs pick another kernel for inference; a layer built on them may say so by this attribute."""
-    return any(isinstance(module, nn.RNNBase) or getattr(module, "rounds_by_grad_mode", False) for module in modules)
+    # Looked up in the class and the object, since nn.Module answers for what it lacks with an error, which takes longer.
+    name = "rounds_by_grad_mode"
+    return any(
+        isinstance(module, nn.RNNBase) or getattr(type(module), name, False) or vars(module).get(name, False)
+        for module in modules
+    )
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from magc.errors import InputError
 from magc.tree import nbytes
+from magc.walk import modules_of
 
 TESTED = "2.9, 2.13 and 2.15"
 """Versions of torch whose FSDP2 this was tested with."""
@@ -287,9 +288,10 @@ def _require_no_wrappers(modules: Iterable[nn.Module]) -> None:
     kinds: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel]
     if _FSDP in sys.modules:
         kinds.append(sys.modules[_FSDP].FullyShardedDataParallel)
+    refused = tuple(kinds)
     for stage in modules:
-        for module in stage.modules():
-            if isinstance(module, tuple(kinds)):
+        for module in modules_of(stage):
+            if isinstance(module, refused):
                 raise InputError(
                     f"a {type(module).__name__} is inside the grid, where it would reduce gradients cell by cell. Put the grid "
                     f"into DistributedDataParallel, or shard the layers with torch.distributed.fsdp.fully_shard"
@@ -301,8 +303,9 @@ def _require_gathered(modules: Iterable[nn.Module], owned: set[int]) -> None:
     from torch.distributed.tensor import DTensor
 
     for stage in modules:
-        for module in stage.modules():
-            if not getattr(module, "_is_fsdp_managed_module", False):
+        for module in modules_of(stage):
+            # Not by getattr, which goes through a module's tables and an error where there is none.
+            if not vars(module).get("_is_fsdp_managed_module", False):
                 continue
             for name, param in module.named_parameters(recurse=False):
                 if id(param) in owned or not isinstance(param, DTensor):

@@ -16,6 +16,7 @@ from magc.errors import InputError, LayerContractError
 from magc.runners.cell import CellGrads, CellInputs, CellNeeds, CellOutputs
 from magc.stack import Stack, Stage, StageKind, swapped
 from magc.tree import Flat, PyTree, compact, describe, duplicate, flatten, version
+from magc.walk import own_buffers
 
 
 @dataclass(slots=True)
@@ -275,11 +276,7 @@ def _take_grad(leaf: Tensor | None) -> Tensor | None:
 
 
 def _buffer_versions(stage: Stage) -> list[tuple[nn.Module, str, Tensor, int]]:
-    return [
-        (module, name, buffer, version(buffer))
-        for module in stage.modules
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    return [(module, name, buffer, version(buffer)) for module in stage.modules for name, buffer in own_buffers(module)]
 
 
 def _refuse_written_buffers(stage: Stage, before: list[tuple[nn.Module, str, Tensor, int]]) -> None:

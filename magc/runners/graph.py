@@ -37,6 +37,7 @@ from magc.runners.eager import EagerRunner
 from magc.runners.eager import Tape as EagerTape
 from magc.stack import Stack, Stage
 from magc.tree import flatten
+from magc.walk import own_tensors
 
 
 class GraphCache:
@@ -94,7 +95,7 @@ class GraphCache:
             (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.requires_grad)
             for stage in stack.stages
             for module in stage.modules
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            for _, tensor in own_tensors(module)
         ]
         calls = tuple(id(stage.call) for stage in stack.stages)
         now = (calls, stack.modes(), tuple(tensors), ambient, accumulate)
