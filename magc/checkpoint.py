@@ -16,8 +16,8 @@ from magc.function import apply_grid
 from magc.pinned import PinnedPool
 from magc.plan import Plan, PlanOrRule
 from magc.request import Observer, Request, make_request, make_schedule, shape_key
+from magc.runners.cache import GraphCache
 from magc.runners.choice import Runner, require_runner
-from magc.runners.graph import GraphCache
 from magc.stack import StackMemory, build_stack
 from magc.tree import Flat, PyTree
 from magc.uncompiled import uncompiled

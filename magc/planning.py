@@ -18,8 +18,8 @@ from magc.plan import Plan
 from magc.planner import Planner
 from magc.profile import profile, sample_lengths
 from magc.request import Request, make_request, make_schedule
+from magc.runners.cache import GraphCache
 from magc.runners.choice import Runner, require_runner
-from magc.runners.graph import GraphCache
 from magc.stack import Stage, build_stack
 from magc.tree import PyTree
 from magc.units import format_bytes, parse_bytes

@@ -26,9 +26,10 @@ from magc.engine import Execution
 from magc.meter import MemoryMeter
 from magc.plan import Plan
 from magc.request import Request
+from magc.runners.cache import GraphCache
 from magc.runners.cell import CellInputs, CellNeeds, CellOutputs, differentiable_mask
 from magc.runners.eager import EagerRunner
-from magc.runners.graph import GraphCache, GraphRunner
+from magc.runners.graph import GraphRunner
 from magc.schedule import Schedule
 from magc.source import SegmentSource
 from magc.stack import Stack, StackMemory, Stage, StageKind, build_stack, swapped

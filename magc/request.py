@@ -12,7 +12,7 @@ from magc.accumulate import GradAccumulator
 from magc.errors import InputError, StateError
 from magc.pinned import PinnedPool
 from magc.plan import Plan
-from magc.runners.graph import GraphCache
+from magc.runners.cache import GraphCache
 from magc.schedule import Action, Schedule
 from magc.source import SegmentSource, is_segmented
 from magc.stack import Stack

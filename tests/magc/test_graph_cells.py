@@ -25,8 +25,8 @@ from magc.nn import Mamba2Block
 from magc.planning import with_forecast
 from magc.profile import profile
 from magc.request import Request
+from magc.runners.cache import GraphCache
 from magc.runners.capture import CaptureError, CudaCapturer, Replay
-from magc.runners.graph import GraphCache
 from tests.magc.layers import WIDTH, floating, gradients, make_stack, objective
 from tests.magc.strategies import Case, cases
 from tests.magc.test_graph_runner import PLANS, Noisy, assert_same, step
