@@ -92,6 +92,15 @@ def test_levels_grow_to_the_longest_and_bring_options() -> None:
     assert [recipe.level(step).options for step in (29, 30)] == [False, True]
 
 
+def test_a_disguise_begins_after_a_while_but_for_its_noise() -> None:
+    whole = Disguise(noise=0.3, offset=1.0, empty=0.5, gain=0.2)
+    recipe = LanguageRecipe(steps=100, disguise=whole, disguised=(0.5, 0.9))
+    assert [recipe.disguise_at(step) for step in (0, 50)] == [Disguise(0.3, 0.0, 0.0, 0.0)] * 2
+    assert recipe.disguise_at(70) == Disguise(0.3, pytest.approx(0.5), pytest.approx(0.25), pytest.approx(0.1))
+    assert [recipe.disguise_at(step) for step in (90, 99)] == [whole] * 2
+    assert replace(recipe, disguised=(0.0, 0.0)).disguise_at(0) == whole
+
+
 def test_stand_ins_are_sums_of_words(tokenizer: BpeTokenizer) -> None:
     weight = torch.randn(tokenizer.size, 8, generator=torch.Generator().manual_seed(0))
     frames = StandIns(tokenizer).embed(weight, *describe([STORY]), disguise=PLAIN, generator=torch.Generator())

@@ -38,6 +38,7 @@ class LanguageRecipe:
         grow: part of the steps over which stories grow to that.
         open: part of the steps whose questions are open.
         disguise: of the stand-ins.
+        disguised: parts of the steps at which that begins, but for the noise, and is whole.
         seed: of weights and lessons.
         workers: processes that draw lessons, each its own: with another number of them the lessons are others; 0 draws
             in the training's own process what one would.
@@ -54,6 +55,7 @@ class LanguageRecipe:
     grow: float = 0.6
     open: float = 0.35
     disguise: Disguise = field(default_factory=Disguise)
+    disguised: tuple[float, float] = (0.5, 0.9)
     seed: int = 0
     workers: int = 1
 
@@ -62,6 +64,12 @@ class LanguageRecipe:
         part = step / self.steps
         growth = (self.longest / _FEWEST_FRAMES) ** (1.0 if part >= self.grow else part / self.grow)
         return Level(int(_FEWEST_FRAMES * growth), part >= self.open)
+
+    def disguise_at(self, step: int) -> Disguise:
+        """What stand-ins of a step are given."""
+        part, (begins, whole) = step / self.steps, self.disguised
+        share = min(1.0, max(0.0, (part - begins) / (whole - begins))) if whole > begins else float(part >= begins)
+        return self.disguise.scaled(share)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -153,7 +161,7 @@ def train_language(
         batch: Batch = drawn.to(model.stem.weight.device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        x = batch.embed(model.stem.weight, standins, recipe.disguise, generator)
+        x = batch.embed(model.stem.weight, standins, recipe.disguise_at(step), generator)
         loss = _turns_loss(model, probes, batch, x) if batch.turns else _rows_loss(model, batch, x)
         optimizer.zero_grad()
         loss.backward()

@@ -59,6 +59,10 @@ class Disguise:
     empty: float = 1.0
     gain: float = 0.3
 
+    def scaled(self, share: float) -> Disguise:
+        """So much of it, but all of the noise."""
+        return Disguise(self.noise, share * self.offset, share * self.empty, share * self.gain)
+
 
 PLAIN = Disguise(0.0, 0.0, 0.0, 0.0)
 
