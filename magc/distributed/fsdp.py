@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from magc.errors import InputError
 from magc.tree import nbytes
-from magc.walk import modules_of
+from magc.walk import modules_of, own_parameters
 
 TESTED = "2.9, 2.13 and 2.15"
 """Versions of torch whose FSDP2 this was tested with."""
@@ -192,9 +192,10 @@ def gathered(
             not running.
     """
     modules = [stage for stage in stages if isinstance(stage, nn.Module)]
-    _require_no_wrappers(modules)
-    if _FSDP not in sys.modules:
-        yield UNGATHERED  # nobody can have called fully_shard
+    parts = [part for module in modules for part in modules_of(module)]
+    _require_no_wrappers(parts)
+    if not _is_sharded(parts, root):
+        yield UNGATHERED
         return
     entered: list[Unit] = []
     left: list[Unit] = []
@@ -206,7 +207,7 @@ def gathered(
             else:
                 unit.tap()
                 left.append(unit)
-        _require_gathered(modules, {id(param) for unit in left for param in unit.params})
+        _require_gathered(parts, {id(param) for unit in left for param in unit.params})
         contract = tuple(layer for layer in layers if isinstance(layer, nn.Module))
         parameters = Gathered(tuple(left), contract, root)
         with parameters.quiet():
@@ -283,40 +284,49 @@ def _device_of(params: Iterable[nn.Parameter]) -> torch.device:
     return next((param.device for param in params), torch.device("cpu"))
 
 
-def _require_no_wrappers(modules: Iterable[nn.Module]) -> None:
+def _is_sharded(parts: Iterable[nn.Module], root: nn.Module | None) -> bool:
+    """Whether ``fully_shard`` was called on any of the modules, on one around them, or on the root."""
+    if _FSDP not in sys.modules:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(root, FSDPModule) or any(map(_is_managed, parts))
+
+
+def _is_managed(module: nn.Module) -> bool:
+    # Not by getattr, which goes through a module's tables and an error where there is none.
+    return bool(vars(module).get("_is_fsdp_managed_module", False))
+
+
+def _require_no_wrappers(parts: Iterable[nn.Module]) -> None:
     """Refuse stages wrapped one by one: their wrappers would communicate in the middle of the grid's backward."""
     kinds: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel]
     if _FSDP in sys.modules:
         kinds.append(sys.modules[_FSDP].FullyShardedDataParallel)
     refused = tuple(kinds)
-    for stage in modules:
-        for module in modules_of(stage):
-            if isinstance(module, refused):
-                raise InputError(
-                    f"a {type(module).__name__} is inside the grid, where it would reduce gradients cell by cell. Put the grid "
-                    f"into DistributedDataParallel, or shard the layers with torch.distributed.fsdp.fully_shard"
-                )
+    for module in parts:
+        if isinstance(module, refused):
+            raise InputError(
+                f"a {type(module).__name__} is inside the grid, where it would reduce gradients cell by cell. Put the grid "
+                f"into DistributedDataParallel, or shard the layers with torch.distributed.fsdp.fully_shard"
+            )
 
 
-def _require_gathered(modules: Iterable[nn.Module], owned: set[int]) -> None:
+def _require_gathered(parts: Iterable[nn.Module], owned: set[int]) -> None:
     """Refuse parameters that are still sharded; ``owned`` are identities of those that were gathered."""
     from torch.distributed.tensor import DTensor
 
-    for stage in modules:
-        for module in modules_of(stage):
-            # Not by getattr, which goes through a module's tables and an error where there is none.
-            if not vars(module).get("_is_fsdp_managed_module", False):
+    for module in filter(_is_managed, parts):
+        for name, param in own_parameters(module):
+            if id(param) in owned or not isinstance(param, DTensor):
                 continue
-            for name, param in module.named_parameters(recurse=False):
-                if id(param) in owned or not isinstance(param, DTensor):
-                    continue
-                if any(placement.is_shard() for placement in param.placements):
-                    raise InputError(
-                        f"{name!r} of a {type(module).__name__} in the grid is sharded by fully_shard of a module around "
-                        f"it, whose forward is not running. Call the grid inside that module's forward; for another "
-                        f"method of it, such as 'loss', torch.distributed.fsdp.register_fsdp_forward_method(module, "
-                        f"'loss')"
-                    )
+            if any(placement.is_shard() for placement in param.placements):
+                raise InputError(
+                    f"{name!r} of a {type(module).__name__} in the grid is sharded by fully_shard of a module around "
+                    f"it, whose forward is not running. Call the grid inside that module's forward; for another "
+                    f"method of it, such as 'loss', torch.distributed.fsdp.register_fsdp_forward_method(module, "
+                    f"'loss')"
+                )
 
 
 # ---------------------------------------------------------------------- types
