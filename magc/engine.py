@@ -84,10 +84,10 @@ class Execution:
 
     def _single_use(self) -> list[bool]:
         """For each parameter, whether only one cell uses it."""
-        users = [0] * len(self._request.stack.params)
+        users, segments = [0] * len(self._request.stack.params), self._grid.segments
         for stages in self._groups:
             for index in {slot.index for stage in stages for slot in stage.slots}:
-                users[index] += self._grid.segments
+                users[index] += segments
         return [count == 1 for count in users]
 
     # ------------------------------------------------------------------ passes
