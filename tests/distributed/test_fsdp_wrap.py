@@ -103,8 +103,8 @@ def planned(rank: int) -> tuple[str, str]:
 
 def test_ranks_agree_on_the_plan_of_a_wrapped_model(ranks: Ranks) -> None:
     one, other = ranks.run(planned)
+    # Of each of the two: what the copy measures can tell the planner otherwise than what the first did.
     assert one == other
-    assert one[0] == one[1]
 
 
 def without_labels(rank: int) -> None:
